@@ -1,0 +1,156 @@
+"""The loss equals the known answers, and is the same on one process and on several."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dr.loss import DRClipLoss
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = json.loads((ROOT / "tests" / "data" / "loss.json").read_text())
+FEATURES = {name: torch.tensor(rows) for name, rows in GOLDEN["features"].items()}
+
+
+def close(actual, expected, rtol=1e-5):
+    """Relative to the largest entry: a gradient's smallest entries are sums that cancel."""
+    expected = torch.as_tensor(expected)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: str(list(case.values())[:3]))
+def test_known_answers_are_met(case):
+    student = {name: FEATURES[name].clone().requires_grad_() for name in ("image", "text", "syn")}
+    logit_scale = torch.tensor(GOLDEN["logit_scale"], requires_grad=True)
+    loss = DRClipLoss(
+        teacher_dimension=GOLDEN["teacher_dimension"],
+        distill_loss_weights=case["distill_loss_weights"],
+        average_after_softmax=case["average_after_softmax"],
+        dist_logit_scale=GOLDEN["dist_logit_scale"],
+    )
+    synthetic = (student["syn"], FEATURES["dist_syn"]) if case["synthetic"] else (None, None)
+    losses = loss(
+        student["image"],
+        student["text"],
+        logit_scale,
+        FEATURES["dist_image"],
+        FEATURES["dist_text"],
+        *synthetic,
+        output_dict=True,
+    )
+    for name in ("contrastive_loss", "distill_loss"):
+        close(losses[name], case[name])
+    sum(losses.values()).backward()
+    for name, tensor in {**student, "logit_scale": logit_scale}.items():
+        if case[f"grad_{name}"] is None:
+            assert tensor.grad is None
+        else:
+            close(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad, case[f"grad_{name}"])
+
+
+def batch(size=6):
+    return [FEATURES[name][:size] for name in ("image", "text", "dist_image", "dist_text", "syn", "dist_syn")]
+
+
+def call(loss, image, text, dist_image, dist_text, syn, dist_syn, scale=14.0):
+    return loss(image, text, torch.tensor(scale), dist_image, dist_text, syn, dist_syn)
+
+
+def test_a_scale_for_each_teacher_is_used_for_its_own_block():
+    dims = GOLDEN["teacher_dimension"]
+    image, text, dist_image, dist_text, _, _ = batch()
+    for after in (True, False):
+        loss = DRClipLoss(
+            teacher_dimension=dims, dist_logit_scale=[50.0, 20.0], average_after_softmax=after,
+            distill_loss_weights=[0.0, 1.0],
+        )  # fmt: skip
+        _, actual = call(loss, image, text, dist_image, dist_text, None, None)
+        a, b = ([f.split(dims, dim=1) for f in (dist_image, dist_text)][i] for i in (0, 1))
+        logits = [scale * x @ y.T for scale, x, y in zip([50.0, 20.0], a, b, strict=True)]
+        expected = 0
+        for student, teachers in (
+            (image @ text.T, logits),
+            (text @ image.T, [side.T for side in logits]),
+        ):
+            p = sum(t.softmax(1) for t in teachers) / 2 if after else sum(teachers).softmax(1)
+            expected += -(p * (14.0 * student).log_softmax(1)).sum(1).mean() / 2
+        close(actual, expected)
+
+
+def test_one_teacher_needs_no_dimension():
+    args = batch()
+    one = DRClipLoss(dist_logit_scale=100.0)
+    same = DRClipLoss(dist_logit_scale=100.0, teacher_dimension=[args[2].shape[1]])
+    assert call(one, *args) == call(same, *args)
+
+
+def test_a_term_without_weight_is_zero_and_teachers_get_no_gradient():
+    args = [features.clone().requires_grad_() for features in batch()]
+    contrastive, distill = call(DRClipLoss(distill_loss_weights=[0.0, 1.0], dist_logit_scale=9.0), *args)
+    assert contrastive == 0
+    distill.backward()
+    assert args[2].grad is None and args[3].grad is None and args[5].grad is None
+    assert call(DRClipLoss(distill_loss_weights=[1.0, 0.0]), *args)[1] == 0  # and needs no teacher scale
+
+
+def test_contrastive_half_is_that_of_openclip():
+    open_clip_loss = pytest.importorskip("open_clip.loss")
+    image, text, dist_image, dist_text, _, _ = batch()
+    ours = DRClipLoss(distill_loss_weights=[1.0, 0.0])(image, text, torch.tensor(14.0), dist_image, dist_text)[0]
+    close(ours, open_clip_loss.ClipLoss()(image, text, torch.tensor(14.0)))
+
+
+def test_the_loss_is_computed_in_float32_under_autocast():
+    loss = DRClipLoss(teacher_dimension=GOLDEN["teacher_dimension"], dist_logit_scale=100.0)
+    expected = call(loss, *batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = call(loss, *batch())
+    assert actual == expected and actual[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"teacher_dimension": [8, 16], "dist_logit_scale": 100.0}, "8 \\+ 16 = 24.*--distill-teacher-dimension.* 18 wide"),
+        ({}, "no teacher scale"),
+    ],
+)
+def test_contradicting_settings_are_refused_at_the_first_batch(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        call(DRClipLoss(**kwargs), *batch())
+
+
+def test_settings_that_can_never_run_are_refused_at_once():
+    with pytest.raises(ValueError, match="3 values, teacher_dimension 2"):
+        DRClipLoss(teacher_dimension=[8, 8], dist_logit_scale=[1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="horovod"):
+        DRClipLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="go together"):
+        DRClipLoss(dist_logit_scale=1.0)(*batch()[:2], torch.tensor(1.0), *batch()[2:4], syn_text_features=batch()[4])
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_loss_and_its_gradients_are_the_same_on_several_processes(processes, tmp_path):
+    """A real torchrun over gloo; what each rank checks stands in tests/distributed_loss.py."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "tests" / "distributed_loss.py")], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("all settings agree") == processes
+
+
+def test_labels_may_be_cached_while_the_batch_size_changes():
+    loss = DRClipLoss(distill_loss_weights=[1.0, 0.0], cache_labels=True)
+    for size in (6, 4, 6):
+        image, text = batch(size)[:2]
+        expected = F.cross_entropy(14.0 * image @ text.T, torch.arange(size)) / 2
+        expected += F.cross_entropy(14.0 * text @ image.T, torch.arange(size)) / 2
+        close(loss(image, text, torch.tensor(14.0), image, text)[0], expected)
