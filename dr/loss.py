@@ -182,3 +182,18 @@ class DRClipLoss(nn.Module):
                 return labels
             self._labels = {key: labels}
         return self._labels[key]
+
+
+def create_loss(args) -> DRClipLoss:
+    """The loss of the trainer's options."""
+    return DRClipLoss(
+        local_loss=args.local_loss,
+        gather_with_grad=args.gather_with_grad,
+        cache_labels=True,
+        rank=args.rank,
+        world_size=args.world_size,
+        teacher_dimension=args.distill_teacher_dimension,
+        distill_loss_weights=args.distill_loss_weights,
+        average_after_softmax=args.distill_average_after_softmax,
+        dist_logit_scale=args.distill_logit_scale,
+    )

@@ -1,0 +1,206 @@
+"""The WebDataset stages that make training batches of joined shards.
+
+OpenCLIP's pipeline is shards → tar reader → shuffle → decode → batch. The patch puts four stages of ours into it:
+
+    shards → ``shards`` → tar reader → ``read`` → shuffle → ``prepare`` → ``used`` → batch
+
+``read`` keeps what training needs of a sample, before the shuffle buffer: with ``--dataset-reinforcement`` one drawn
+augmentation, its captions and their embeddings, without it image and caption. ``prepare`` (reinforced training only, in
+the place of OpenCLIP's own decoding) makes tensors. ``shards`` and ``used`` count, so that a worker that finds nothing
+it can use stops the run instead of looping for ever. A bad sample is skipped with a counted warning and costs nothing
+else.
+"""
+
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import SimpleNamespace
+
+import webdataset as wds
+from torch.utils.data import get_worker_info
+from torchvision.transforms import InterpolationMode
+
+from .reinforcement import IMAGE_MEMBERS, PLAIN_MEMBERS, REINFORCED_MEMBERS, BadSample, decode_image, draw, missing
+from .transforms import compose_from_config
+
+# A worker gives up after all of its shards, or this many, and a shuffle buffer's worth of samples beyond, when not one
+# sample of them could be used.
+SHARDS_WITHOUT_A_USABLE_SAMPLE = 100
+SHUFFLE_BUFFER = 5000  # OpenCLIP's _SAMPLE_SHUFFLE_SIZE
+WARNINGS_OF_A_KIND = 5  # then the 10th, the 100th, …
+
+
+class UsableSamples:
+    """What one worker has opened, read, skipped and used since its pass over the shards began."""
+
+    def __init__(self, num_shards: int, members: dict[str, tuple[str, ...]]):
+        self.limit = min(num_shards, SHARDS_WITHOUT_A_USABLE_SAMPLE)
+        self.members = members
+        self.skipped: Counter[str] = Counter()
+        self._start()
+
+    def _start(self) -> None:
+        self.opened = self.read = self.used = self.read_in_limit = 0
+        self.reasons: Counter[str] = Counter()
+
+    def shards(self, src: Iterable) -> Iterator:
+        """A stage over the shards that the tar reader is about to open."""
+        self._start()
+        for shard in src:
+            if self.opened == self.limit:
+                self.read_in_limit = self.read
+            if self.opened >= self.limit and not self.used:
+                self._give_up_after(self.read_in_limit + SHUFFLE_BUFFER if self.read else 0)
+            self.opened += 1
+            yield shard
+
+    def count_used(self, src: Iterable) -> Iterator:
+        """A stage over the samples that are about to be batched."""
+        for sample in src:
+            self.used += 1
+            yield sample
+        if not self.used:  # the end of a pass, where shards are not drawn for ever
+            self._give_up_after(0)
+
+    def skip(self, sample: dict, error: BadSample) -> None:
+        """Count a sample that is left out, and say so."""
+        self.reasons[error.reason] += 1
+        self.skipped[error.reason] += 1
+        count = self.skipped[error.reason]
+        if count <= WARNINGS_OF_A_KIND or set(str(count)[1:]) == {"0"}:
+            logging.warning(
+                f"Skipped sample {sample.get('__key__')} of {sample.get('__url__')}: {error} "
+                f"(number {count} for this reason in this worker)"
+            )
+
+    def _give_up_after(self, read: int) -> None:
+        if self.read < read:
+            return
+        worker = get_worker_info()
+        needs = "; ".join(f"{name} ({' or '.join(extensions)})" for name, extensions in self.members.items())
+        found = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(8))
+        raise RuntimeError(
+            f"worker {worker.id if worker else 0} went through {self.opened} shards and {self.read} samples, and not one "
+            f"sample can be used. Found: {found or 'no sample in the shards, or none that decodes: see warnings above'}. "
+            f"Training needs in each sample: {needs}. Joined shards come from scripts/join_datacompdr12m.sh."
+        )
+
+
+def keep_image_and_caption(samples: UsableSamples, src: Iterable[dict]) -> Iterator[dict]:
+    """Drop the members that plain training doesn't use.
+
+    Not only for speed: OpenCLIP decodes every member that is left, and WebDataset unpickles ``pth`` and ``pickle`` ones.
+    """
+    for sample in src:
+        samples.read += 1
+        samples.reasons.update(missing(sample, PLAIN_MEMBERS))
+        yield {name: data for name, data in sample.items() if name in (*IMAGE_MEMBERS, "txt") or name.startswith("__")}
+
+
+def student_augmentation(config: dict, preprocess: Callable, interpolation: str | None = None) -> dict:
+    """The stored augmentation as the student sees it.
+
+    Output size, interpolation and normalisation are those of the student's own preprocessing, whatever the config says.
+
+    Args:
+        config: an ``image_augmentation`` object.
+        preprocess: OpenCLIP's training transform of the student.
+        interpolation: ``--image-interpolation``, where it was given (the training transform doesn't follow it).
+    """
+    crop = next((t for t in preprocess.transforms if hasattr(t, "size") and hasattr(t, "interpolation")), None)
+    normalize = next((t for t in preprocess.transforms if hasattr(t, "mean") and hasattr(t, "std")), None)
+    if crop is None or normalize is None:
+        raise ValueError(f"the student's preprocessing has no crop or no normalisation to follow: {preprocess}")
+    if interpolation in (None, "random"):
+        interpolation = crop.interpolation
+        interpolation = interpolation.value if isinstance(interpolation, InterpolationMode) else "bicubic"
+    size = crop.size if isinstance(crop.size, int) else list(crop.size)
+    as_list = [[float(v) for v in values] for values in (normalize.mean, normalize.std)]
+    return {
+        **config,
+        "random_resized_crop": {**config["random_resized_crop"], "size": size, "interpolation": interpolation},
+        "to_tensor": {"enable": True},
+        "normalize": dict(zip(("mean", "std"), as_list, strict=True)),
+    }
+
+
+def draw_reinforcements(samples, compose, width, mix_ratio, src: Iterable[dict]) -> Iterator[dict]:
+    """Choose an augmentation, captions and their embeddings for each sample; see ``reinforcement.draw``."""
+    drawn_one = False
+    for sample in src:
+        samples.read += 1
+        try:
+            drawn = draw(sample, compose, random, mix_ratio, width)  # torch seeds `random` for each rank and worker
+        except BadSample as error:
+            if error.reason == "embedding width" and not drawn_one:
+                raise ValueError(
+                    f"{sample.get('__key__')} of {sample.get('__url__')}: {error} by --distill-teacher-dimension"
+                ) from error
+            samples.skip(sample, error)
+            continue
+        drawn_one = True
+        yield drawn
+
+
+def apply_reinforcements(samples, compose, tokenizer, src: Iterable[dict]) -> Iterator[tuple]:
+    """Decode, augment and tokenise drawn samples.
+
+    Yields:
+        image float32 ``[3, H, W]``, texts int64 ``[captions, L]``, image_emb float32 ``[ΣD_k]``, text_emb float32
+        ``[captions, ΣD_k]``.
+    """
+    for sample in src:
+        try:
+            img = decode_image(sample)
+            try:
+                image, _ = compose.reapply(img, sample["params"])
+            except ValueError as error:
+                raise BadSample("augmentation parameters", error) from error
+        except BadSample as error:
+            samples.skip(sample, error)
+            continue
+        yield image, tokenizer(sample["captions"]), sample["image_emb"], sample["text_emb"]
+
+
+def training_stages(
+    args, preprocess: Callable, tokenizer: Callable, is_train: bool, num_shards: int
+) -> SimpleNamespace:
+    """The stages that the patch puts into OpenCLIP's pipeline.
+
+    Args:
+        args: the trainer's options.
+        preprocess: OpenCLIP's transform of the student.
+        tokenizer: list of str to int64 ``[captions, L]``.
+        is_train: whether these are training data; validation data are never reinforced.
+        num_shards: how many there are.
+
+    Returns:
+        ``shards``, ``read``, ``used`` as in the module's docstring, and ``prepare``: a list of stages up to the batches
+        ``(images [B, 3, H, W], texts [B, captions, L], image_emb [B, ΣD_k], text_emb [B, captions, ΣD_k])``, or None.
+    """
+    reinforced = is_train and args.dataset_reinforcement
+    samples = UsableSamples(num_shards, REINFORCED_MEMBERS if reinforced else PLAIN_MEMBERS)
+    stages = SimpleNamespace(
+        shards=samples.shards,
+        read=partial(keep_image_and_caption, samples),
+        prepare=None,
+        used=samples.count_used if is_train else iter,  # with few validation shards some workers have none
+    )
+    if reinforced:
+        with open(args.dataset_reinforcement_config) as file:
+            config = json.load(file)["reinforce"]["image_augmentation"]
+        compose = compose_from_config(student_augmentation(config, preprocess, args.image_interpolation))
+        dimensions = args.distill_teacher_dimension
+        width = None if dimensions == [-1] else sum(dimensions)
+        mixed = args.dataset_reinforcement_mix_synthetic
+        mix_ratio = args.dataset_reinforcement_mix_synthetic_ratio if mixed else None
+        stages.read = partial(draw_reinforcements, samples, compose, width, mix_ratio)
+        stages.prepare = [
+            partial(apply_reinforcements, samples, compose, tokenizer),
+            samples.count_used,
+            wds.batched(args.batch_size, partial=False),
+        ]
+    return stages

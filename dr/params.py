@@ -1,0 +1,148 @@
+"""The command-line options of dataset reinforcement, and the checks that need no data."""
+
+import json
+import os
+from argparse import ArgumentParser, Namespace
+
+import open_clip
+
+from .transforms import compose_from_config
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options to OpenCLIP's parser."""
+    group = parser.add_argument_group("dataset reinforcement")
+    group.add_argument(
+        "--dataset-reinforcement",
+        default=False,
+        action="store_true",
+        help="Load image and text embeddings and synthetic captions from the training shards.",
+    )
+    group.add_argument(
+        "--dataset-reinforcement-config",
+        default=None,
+        metavar="FILE",
+        help="JSON file that says how the reinforcements were made, configs/datacompdr12m.json for one.",
+    )
+    group.add_argument(
+        "--dataset-reinforcement-mix-synthetic",
+        default=False,
+        action="store_true",
+        help="One caption for each image instead of two: the synthetic one with a probability of "
+        "--dataset-reinforcement-mix-synthetic-ratio, else the original.",
+    )
+    group.add_argument("--dataset-reinforcement-mix-synthetic-ratio", type=float, default=0.0, metavar="R")
+    group.add_argument(
+        "--distill-loss-weights",
+        type=float,
+        nargs=2,
+        default=[1.0, 1.0],
+        metavar=("W0", "W1"),
+        help="Weights of the contrastive and of the distillation loss.",
+    )
+    group.add_argument(
+        "--distill-teacher-dimension",
+        type=int,
+        nargs="+",
+        default=[-1],
+        metavar="D",
+        help="Width of each teacher's block in the stored embeddings; -1: one teacher, as wide as they are.",
+    )
+    group.add_argument(
+        "--distill-average-after-softmax",
+        default=False,
+        action="store_true",
+        help="Average the teachers' distributions instead of adding up their logits.",
+    )
+    group.add_argument(
+        "--distill-logit-scale",
+        type=float,
+        nargs="+",
+        default=None,
+        metavar="S",
+        help="The teachers' logit scale: one for all, or one for each. 100 in both published recipes.",
+    )
+
+
+def prepare_args(args: Namespace, parser: ArgumentParser) -> None:
+    """Refuse options that contradict each other, and make a model of ``--model FILE.json`` known to OpenCLIP.
+
+    Exits with status 2 and one line that names both sides.
+    """
+    if args.model.endswith(".json"):
+        if not os.path.isfile(args.model):
+            parser.exit(2, f"error: --model {args.model}: there is no such model config file\n")
+        open_clip.add_model_config(args.model)
+        args.model = os.path.splitext(os.path.basename(args.model))[0]
+    found = _contradiction(args, parser)
+    if found:
+        parser.exit(2, f"error: {found}\n")
+
+
+def _contradiction(args: Namespace, parser: ArgumentParser) -> str | None:
+    if not args.dataset_reinforcement:
+        for option in (
+            "dataset_reinforcement_config",
+            "dataset_reinforcement_mix_synthetic",
+            "dataset_reinforcement_mix_synthetic_ratio",
+            "distill_loss_weights",
+            "distill_teacher_dimension",
+            "distill_average_after_softmax",
+            "distill_logit_scale",
+        ):
+            if getattr(args, option) != parser.get_default(option):
+                return (
+                    f"--{option.replace('_', '-')} was given without --dataset-reinforcement, which it is an option of"
+                )
+        return None
+
+    on = "--dataset-reinforcement"
+    for name, given in (
+        ("--siglip", args.siglip),
+        (f"the CoCa model {args.model}", "coca" in args.model.lower()),
+        ("--distill-model (a teacher that runs along)", args.distill_model is not None),
+        ("--horovod", args.horovod),
+        ("--aug-cfg (the stored augmentations are what the student sees)", bool(args.aug_cfg)),
+        (f"--dataset-type {args.dataset_type}", args.dataset_type not in ("webdataset", "auto")),
+    ):
+        if given:
+            return f"{on} does not go with {name}: leave out one of them"
+
+    path = args.dataset_reinforcement_config
+    if path is None:
+        return f"{on} needs --dataset-reinforcement-config FILE, configs/datacompdr12m.json for one"
+    try:
+        with open(path) as file:
+            augmentation = json.load(file)["reinforce"]["image_augmentation"]
+        compose = compose_from_config(augmentation)
+    except OSError as error:
+        return f"--dataset-reinforcement-config {path}: {error.strerror}"
+    except (KeyError, TypeError) as error:
+        return f"--dataset-reinforcement-config {path}: expected an object with reinforce.image_augmentation: {error!r}"
+    except ValueError as error:
+        return f"--dataset-reinforcement-config {path}: {error}"
+    if "random_resized_crop" not in compose.transforms:
+        return f"--dataset-reinforcement-config {path}: no random_resized_crop, whose output is sized for the student"
+
+    ratio, mixed = args.dataset_reinforcement_mix_synthetic_ratio, args.dataset_reinforcement_mix_synthetic
+    if not 0.0 <= ratio <= 1.0:
+        return f"--dataset-reinforcement-mix-synthetic-ratio {ratio}: expected a probability, 0 to 1"
+    if ratio and not mixed:
+        return (
+            f"--dataset-reinforcement-mix-synthetic-ratio {ratio} was given without "
+            "--dataset-reinforcement-mix-synthetic, which it is the ratio of"
+        )
+
+    weights, scales, dimensions = args.distill_loss_weights, args.distill_logit_scale, args.distill_teacher_dimension
+    if min(weights) < 0 or max(weights) <= 0:
+        return f"--distill-loss-weights {weights[0]} {weights[1]}: expected weights of 0 and more, not both 0"
+    if weights[1] and scales is None:
+        return f"--distill-loss-weights {weights[0]} {weights[1]} distills, but there is no --distill-logit-scale"
+    if dimensions != [-1] and min(dimensions) < 1:
+        return f"--distill-teacher-dimension {' '.join(map(str, dimensions))}: expected widths of 1 and more"
+    if scales is not None and len(scales) not in (1, len(dimensions)):
+        return (
+            f"--distill-logit-scale has {len(scales)} values, --distill-teacher-dimension {len(dimensions)}: "
+            "give one scale, or one for each teacher"
+        )
+    return None

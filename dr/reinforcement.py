@@ -1,0 +1,221 @@
+"""One sample of a joined DataCompDR shard: decode what is stored, choose, and keep the rows that belong together.
+
+A sample holds A augmentations of its image, 1 original and S synthetic captions, and the teachers' embeddings of all of
+them. ``draw`` picks one augmentation and the captions of this visit, and returns them with exactly their embeddings: a
+few KB in the place of 221. The image stays compressed until ``decode_image``.
+
+Shards come from strangers: nothing is unpickled, and nothing inflates beyond a bound. Whatever is wrong with a sample is
+raised as ``BadSample``; what that costs is for the caller to decide.
+"""
+
+import gzip
+import io
+import json
+import random
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .transforms import Compose
+
+IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
+# What training needs in a sample: a name for people, and the members of which there must be one.
+PLAIN_MEMBERS = {"an image": IMAGE_MEMBERS, "a caption": ("txt",)}
+REINFORCED_MEMBERS = {
+    **PLAIN_MEMBERS,
+    "synthetic captions": ("syn.json",),
+    "augmentation parameters": ("paug.json",),
+    "embeddings": ("npz", "pth.gz"),
+}
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # and no others: some of Pillow's formats start a program
+MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's have at most 512 x 512
+MAX_INFLATED = 2**26  # bytes in one embedding member; a sample of DataCompDR-12M holds 221,184
+
+
+class BadSample(ValueError):
+    """A sample that can't be used.
+
+    Attributes:
+        reason: what is wrong in a few words, the same for all samples that fail in this way, for counting.
+    """
+
+    def __init__(self, reason: str, detail: object = ""):
+        super().__init__(f"{reason}: {detail}" if str(detail) else reason)
+        self.reason = reason
+
+
+def missing(sample: dict, members: dict[str, tuple[str, ...]]) -> list[str]:
+    """Names of those ``members`` of which a sample has none, each with the extensions that would do."""
+    return [
+        f"lacks {name} ({' or '.join(extensions)})"
+        for name, extensions in members.items()
+        if not any(extension in sample for extension in extensions)
+    ]
+
+
+def _first(sample: dict, extensions: tuple[str, ...]) -> tuple[str, bytes]:
+    return next((extension, sample[extension]) for extension in extensions if extension in sample)
+
+
+def _json(member: str, text: bytes | str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"unreadable {member}", error) from error
+
+
+def _field(sample: dict, member: str, field: str):
+    content = _json(member, sample[member])
+    if not isinstance(content, dict) or field not in content:
+        raise BadSample(f"unreadable {member}", f"expected an object with {field}")
+    return content[field]
+
+
+def synthetic_captions(sample: dict) -> list[str]:
+    """The S synthetic captions of ``syn.json``."""
+    captions = _field(sample, "syn.json", "syn_text")
+    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise BadSample("unreadable syn.json", "expected a list of captions under syn_text")
+    return captions
+
+
+def augmentation_parameters(sample: dict) -> list:
+    """The A compressed parameter lists of ``paug.json``; a list, or a string that holds it as JSON."""
+    parameters = _field(sample, "paug.json", "param_aug")
+    if isinstance(parameters, str):
+        parameters = _json("paug.json", parameters)
+    if not isinstance(parameters, list) or not parameters:
+        raise BadSample("unreadable paug.json", "expected a list of parameters under param_aug")
+    return parameters
+
+
+def caption(sample: dict) -> str:
+    """The original caption."""
+    try:
+        text = sample["txt"].decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample("unreadable txt", error) from error
+    if not text:
+        raise BadSample("empty caption")
+    return text
+
+
+def embeddings(sample: dict) -> dict[str, Tensor]:
+    """The stored embeddings of ``npz`` (NumPy) or ``pth.gz`` (gzip around ``torch.save``).
+
+    Returns:
+        ``image_emb`` float ``[A, ΣD_k]`` and ``text_emb`` float ``[1 + S, ΣD_k]``, in the precision stored.
+    """
+    member, data = _first(sample, REINFORCED_MEMBERS["embeddings"])
+    try:
+        arrays = _load_npz(data) if member == "npz" else _load_pth_gz(data)
+        tensors = {name: torch.as_tensor(arrays[name]) for name in ("image_emb", "text_emb")}
+    except BadSample:
+        raise
+    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+        raise BadSample(f"unreadable {member}", f"{type(error).__name__}: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise BadSample(
+                f"unreadable {member}", f"{name} is {tensor.dtype} {list(tensor.shape)}, not float [rows, width]"
+            )
+    return tensors
+
+
+def _check_inflated(data: bytes, member: str) -> None:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > MAX_INFLATED:
+        raise BadSample(f"oversized {member}", f"{size} bytes inflated, at most {MAX_INFLATED} are taken")
+
+
+def _load_npz(data: bytes) -> dict:
+    _check_inflated(data, "npz")
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        return {name: archive[name] for name in ("image_emb", "text_emb")}
+
+
+def _load_pth_gz(data: bytes) -> dict:
+    with gzip.open(io.BytesIO(data)) as stream:
+        inflated = stream.read(MAX_INFLATED + 1)
+    if len(inflated) > MAX_INFLATED:
+        raise BadSample("oversized pth.gz", f"over {MAX_INFLATED} bytes inflated")
+    _check_inflated(inflated, "pth.gz")
+    return torch.load(io.BytesIO(inflated), map_location="cpu", weights_only=True)
+
+
+def decode_image(sample: dict) -> Image.Image:
+    """The image of a sample, as RGB."""
+    member, data = _first(sample, IMAGE_MEMBERS)
+    try:
+        img = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if img.width * img.height > MAX_PIXELS:
+            raise BadSample("oversized image", f"{img.width}x{img.height}, at most {MAX_PIXELS} pixels are taken")
+        return img.convert("RGB")
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on a broken file
+        raise BadSample("undecodable image", f"{member}: {type(error).__name__}: {error}") from error
+
+
+def draw(
+    sample: dict, compose: Compose, rng: random.Random, mix_ratio: float | None = None, width: int | None = None
+) -> dict:
+    """Choose an augmentation and captions of a sample, and the embeddings that belong to exactly those.
+
+    Args:
+        sample: members of a joined sample by extension, as bytes.
+        compose: what the stored parameters are for.
+        rng: makes the choices.
+        mix_ratio: None for two captions, the original and a synthetic one; else one caption, which is synthetic with
+            this probability (``--dataset-reinforcement-mix-synthetic``).
+        width: ΣD_k that the embeddings must have, if known.
+
+    Returns:
+        ``__key__``, ``__url__``, the image's member as it was, ``params`` (for ``compose.reapply``), ``captions`` (list
+        of 2 or 1 str, the original first), ``image_emb`` float32 ``[ΣD_k]``, ``text_emb`` float32 ``[captions, ΣD_k]``.
+
+    Raises:
+        BadSample: something is missing, unreadable, not finite, or row counts disagree.
+    """
+    for lack in missing(sample, REINFORCED_MEMBERS):
+        raise BadSample(lack)
+    synthetic, parameters, original, stored = (
+        synthetic_captions(sample),
+        augmentation_parameters(sample),
+        caption(sample),
+        embeddings(sample),
+    )
+    for name, rows, of in (
+        ("image_emb", len(parameters), "augmentations"),
+        ("text_emb", 1 + len(synthetic), "captions"),
+    ):
+        if len(stored[name]) != rows:
+            raise BadSample("row counts disagree", f"{name} has {len(stored[name])} rows for {rows} {of}")
+        if width is not None and stored[name].shape[1] != width:
+            raise BadSample("embedding width", f"{name} is {stored[name].shape[1]} wide, expected {width}")
+    augmentation, which = rng.randrange(len(parameters)), rng.randrange(len(synthetic))
+    if mix_ratio is None:
+        chosen = [0, 1 + which]
+    else:
+        chosen = [1 + which] if rng.random() < mix_ratio else [0]
+    try:
+        params = compose.decompress(parameters[augmentation])
+    except ValueError as error:
+        raise BadSample("augmentation parameters", error) from error
+    image_emb, text_emb = stored["image_emb"][augmentation].float(), stored["text_emb"][chosen].float()
+    if not (image_emb.isfinite().all() and text_emb.isfinite().all()):
+        raise BadSample("embeddings are not finite")
+    member, image = _first(sample, IMAGE_MEMBERS)
+    return {
+        "__key__": sample.get("__key__"),
+        "__url__": sample.get("__url__"),
+        member: image,
+        "params": params,
+        "captions": [[original, *synthetic][row] for row in chosen],
+        "image_emb": image_emb,
+        "text_emb": text_emb,
+    }
