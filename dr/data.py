@@ -83,8 +83,8 @@ class UsableSamples:
         needs = "; ".join(f"{name} ({' or '.join(extensions)})" for name, extensions in self.members.items())
         found = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(8))
         raise RuntimeError(
-            f"worker {worker.id if worker else 0} went through {self.opened} shards and {self.read} samples, and not one "
-            f"sample can be used. Found: {found or 'no sample in the shards, or none that decodes: see warnings above'}. "
+            f"worker {worker.id if worker else 0} went through {self.opened} shards and {self.read} samples, and not "
+            f"one sample can be used. Found: {found or 'no readable sample in the shards, see warnings above'}. "
             f"Training needs in each sample: {needs}. Joined shards come from scripts/join_datacompdr12m.sh."
         )
 
@@ -92,7 +92,7 @@ class UsableSamples:
 def keep_image_and_caption(samples: UsableSamples, src: Iterable[dict]) -> Iterator[dict]:
     """Drop the members that plain training doesn't use.
 
-    Not only for speed: OpenCLIP decodes every member that is left, and WebDataset unpickles ``pth`` and ``pickle`` ones.
+    Not only for speed: OpenCLIP decodes every member that is left, and WebDataset unpickles ``pth`` and ``pickle``.
     """
     for sample in src:
         samples.read += 1

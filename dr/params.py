@@ -69,14 +69,27 @@ def prepare_args(args: Namespace, parser: ArgumentParser) -> None:
 
     Exits with status 2 and one line that names both sides.
     """
-    if args.model.endswith(".json"):
-        if not os.path.isfile(args.model):
-            parser.exit(2, f"error: --model {args.model}: there is no such model config file\n")
-        open_clip.add_model_config(args.model)
-        args.model = os.path.splitext(os.path.basename(args.model))[0]
+    try:
+        args.model = register_model(args.model)
+    except FileNotFoundError as error:
+        parser.exit(2, f"error: --model: {error}\n")
     found = _contradiction(args, parser)
     if found:
         parser.exit(2, f"error: {found}\n")
+
+
+def register_model(name: str) -> str:
+    """Make a model config file known to OpenCLIP; returns the model's name. Other names are returned as they are.
+
+    Raises:
+        FileNotFoundError: ``name`` ends in .json, and there is no such file.
+    """
+    if not name.endswith(".json"):
+        return name
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"there is no model config file {name}")
+    open_clip.add_model_config(name)
+    return os.path.splitext(os.path.basename(name))[0]
 
 
 def _contradiction(args: Namespace, parser: ArgumentParser) -> str | None:

@@ -4,8 +4,8 @@ A sample holds A augmentations of its image, 1 original and S synthetic captions
 them. ``draw`` picks one augmentation and the captions of this visit, and returns them with exactly their embeddings: a
 few KB in the place of 221. The image stays compressed until ``decode_image``.
 
-Shards come from strangers: nothing is unpickled, and nothing inflates beyond a bound. Whatever is wrong with a sample is
-raised as ``BadSample``; what that costs is for the caller to decide.
+Shards come from strangers: nothing is unpickled, and nothing inflates beyond a bound. Whatever is wrong with a sample
+is raised as ``BadSample``; what that costs is for the caller to decide.
 """
 
 import gzip
@@ -198,10 +198,9 @@ def draw(
         if width is not None and stored[name].shape[1] != width:
             raise BadSample("embedding width", f"{name} is {stored[name].shape[1]} wide, expected {width}")
     augmentation, which = rng.randrange(len(parameters)), rng.randrange(len(synthetic))
-    if mix_ratio is None:
-        chosen = [0, 1 + which]
-    else:
-        chosen = [1 + which] if rng.random() < mix_ratio else [0]
+    chosen = [0, 1 + which]
+    if mix_ratio is not None:
+        chosen = chosen[1:] if rng.random() < mix_ratio else chosen[:1]
     try:
         params = compose.decompress(parameters[augmentation])
     except ValueError as error:

@@ -116,7 +116,10 @@ def test_the_loss_is_computed_in_float32_under_autocast():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"teacher_dimension": [8, 16], "dist_logit_scale": 100.0}, "8 \\+ 16 = 24.*--distill-teacher-dimension.* 18 wide"),
+        (
+            {"teacher_dimension": [8, 16], "dist_logit_scale": 100.0},
+            "8 \\+ 16 = 24.*--distill-teacher-dimension.* 18 wide",
+        ),
         ({}, "no teacher scale"),
     ],
 )

@@ -1,0 +1,600 @@
+"""Joining gives every complete sample once and whole, the same bytes every time, and never a wrong shard."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import join_shards
+import pytest
+import webdataset
+from shards import read_shard, write_shard
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "join_shards.py"
+A, B, C, D = (digit * 32 for digit in "abcd")
+
+
+def image_of(uid):
+    return b"picture of " + uid.encode() + bytes(70_000)  # long enough for copy_file_range
+
+
+def sha256_of(uid):
+    return hashlib.sha256(image_of(uid)).hexdigest()
+
+
+def caption(uid):
+    return uid, {"url.txt": b"https://example.org/" + uid.encode(), "txt": b"caption of " + uid.encode()}
+
+
+def image(number, uid, **about):
+    """A sample as img2dataset writes it."""
+    key = f"{number:09d}"
+    about = {"uid": uid, "key": key, "status": "success", "sha256": sha256_of(uid), **about}
+    return key, {"jpg": image_of(uid), "json": json.dumps(about).encode(), "txt": b"caption of " + uid.encode()}
+
+
+def reinforcement(uid, embeddings="npz", **about):
+    return uid, {
+        "url.txt": b"https://example.org/" + uid.encode(),
+        "syn.json": json.dumps({"syn_text": [f"said of {uid}"]}).encode(),
+        "paug.json": json.dumps({"param_aug": [[1]]}).encode(),
+        embeddings: b"embeddings of " + uid.encode() + bytes(200_000),
+        "json": json.dumps({"uid": uid, "sha256": sha256_of(uid), **about}).encode(),
+    }
+
+
+def without(lost, sample):
+    key, members = sample
+    return key, {extension: data for extension, data in members.items() if extension != lost}
+
+
+class Folders:
+    """Captions, images and reinforcements of some shards, and where they are joined."""
+
+    def __init__(self, folder):
+        self.captions, self.images, self.reinforcements = (folder / name for name in ("captions", "images", "dr"))
+        self.output = folder / "joined"
+
+    def write(self, name="00000000.tar", uids=(A, B, C), captions=None, images=None, reinforcements=None):
+        write_shard(self.captions / name, captions or [caption(uid) for uid in uids])
+        write_shard(self.images / name, images or [image(i, uid) for i, uid in enumerate(uids)])
+        write_shard(self.reinforcements / name, reinforcements or [reinforcement(uid) for uid in uids])
+
+    def arguments(self, *more, sources=None, output=None):
+        sources = sources or (self.captions, self.images, self.reinforcements)
+        arguments = [argument for source in sources for argument in ("--source", source)]
+        return [str(argument) for argument in (*arguments, "--output", output or self.output, "--workers", 1, *more)]
+
+    def join(self, *more, output=None, **keywords):
+        """Join in this process; the report."""
+        join_shards.main(self.arguments(*more, output=output, **keywords))
+        return self.report(output)
+
+    def join_failing(self, *more, **keywords):
+        """Join where a shard must fail; the report."""
+        with pytest.raises(SystemExit, match="failed"):
+            self.join(*more, **keywords)
+        return self.report()
+
+    def report(self, output=None):
+        return json.loads(((output or self.output) / "join_report.json").read_text())
+
+    def joined(self, name="00000000.tar"):
+        """{uid: {extension: bytes}} of a joined shard, in order; its samples' members must be contiguous."""
+        samples, last = {}, None
+        for member, data in read_shard(self.output / name):
+            uid, _, extension = member.partition(".")
+            assert uid == last or uid not in samples, f"{uid} is torn apart"
+            assert extension not in samples.setdefault(uid, {}), f"{member} twice"
+            samples[uid][extension], last = data, uid
+        return samples
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return Folders(tmp_path)
+
+
+def bytes_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.tar"))}
+
+
+def partials(folder):
+    return [path for path in folder.rglob("*") if ".tar." in path.name and path.suffix == ".partial"]
+
+
+# what is joined
+
+
+def test_sample_is_the_union_of_its_members_under_its_uid(folders):
+    folders.write()
+    report = folders.join()
+    for uid, members in folders.joined().items():
+        expected = {**reinforcement(uid)[1], **image(0, uid)[1], **caption(uid)[1]}
+        assert {**members, "json": b""} == {**expected, "json": b""}
+        assert json.loads(members["json"])["status"] == "success"  # img2dataset's, from the earlier source
+    assert report["samples"] == 3 and report["left_out"] == {} and report["shards"] == {"joined": 1}
+
+
+def test_order_is_that_of_the_reinforcements(folders):
+    folders.write(
+        captions=[caption(uid) for uid in (A, B, C)],
+        images=[image(i, uid) for i, uid in enumerate((C, A, B))],
+        reinforcements=[reinforcement(uid) for uid in (B, C, A)],
+    )
+    folders.join()
+    assert list(folders.joined()) == [B, C, A]
+
+
+def test_order_is_that_of_the_first_source_without_reinforcements(folders):
+    folders.write(captions=[caption(uid) for uid in (B, C, A)])
+    folders.join("--require", "image,caption", sources=(folders.captions, folders.images))
+    assert list(folders.joined()) == [B, C, A]
+
+
+def test_torn_samples_of_a_source_become_contiguous(folders):
+    parts = [
+        (uid, {extension: data})
+        for extension in reinforcement(A)[1]
+        for uid, data in ((uid, reinforcement(uid)[1][extension]) for uid in (A, B))
+    ]
+    folders.write(uids=(A, B), reinforcements=parts)
+    folders.join()
+    assert list(folders.joined()) == [A, B]
+
+
+def test_bf16_embeddings_and_every_image_format_make_a_complete_sample(folders):
+    images = [(uid, {extension: image_of(uid)}) for uid, extension in ((A, "png"), (B, "WEBP"), (C, "jpeg"))]
+    folders.write(images=images, reinforcements=[reinforcement(uid, "pth.gz") for uid in (A, B, C)])
+    assert folders.join()["samples"] == 3
+    assert "webp" in folders.joined()[B]
+
+
+def test_missing_and_extra_samples_are_counted_by_reason(folders):
+    folders.write(
+        captions=[caption(uid) for uid in (A, B)],
+        images=[image(0, A), without("txt", image(1, C)), without("txt", image(2, D, status="failed_to_download"))],
+        reinforcements=[reinforcement(uid) for uid in (A, B, C)],
+    )
+    report = folders.join()
+    assert list(folders.joined()) == [A]
+    assert report["left_out"] == {"no image": 1, "no caption": 1, "no image, no caption, no reinforcement": 1}
+
+
+@pytest.mark.parametrize("lost", ["syn.json", "paug.json", "npz"])
+def test_half_a_reinforcement_is_none(folders, lost):
+    folders.write(uids=(A, B), reinforcements=[without(lost, reinforcement(A)), reinforcement(B)])
+    assert folders.join()["left_out"] == {"no reinforcement": 1}
+
+
+def test_keep_incomplete_keeps_every_sample_and_require_the_named_part(folders):
+    folders.write(
+        captions=[caption(A), caption(B)], images=[without("txt", image(0, C))], reinforcements=[reinforcement(B)]
+    )
+    folders.join("--keep-incomplete")
+    assert list(folders.joined()) == [B, A, C]
+    folders.join("--require", "caption")
+    assert list(folders.joined()) == [B, A]
+
+
+def test_equal_duplicates_are_written_once_and_differing_ones_counted(folders):
+    other = {**image(0, A)[1], "txt": b"another caption"}
+    folders.write(uids=(A, B), images=[(image(0, A)[0], other), image(1, B)])
+    report = folders.join()
+    assert report["differing"] == {"txt": 1, "json": 2}  # url.txt and B's txt are equal
+    assert folders.joined()[A]["txt"] == caption(A)[1]["txt"]
+
+
+def test_sample_that_a_source_holds_twice_is_kept_if_equal_and_left_out_if_not(folders):
+    folders.write(
+        uids=(A, B),
+        reinforcements=[reinforcement(A), reinforcement(B), reinforcement(A), (B, {"npz": b"other"})],
+    )
+    report = folders.join()
+    assert list(folders.joined()) == [A]
+    assert report["left_out"] == {"two different members of one name in one source": 1}
+
+
+def test_uid_under_two_numbers_is_left_out(folders):
+    folders.write(uids=(A, B), images=[image(0, A), image(1, B), image(2, A)])
+    assert folders.join()["left_out"] == {"a uid twice in one source": 1}
+
+
+def test_verify_hash_leaves_out_changed_images(folders):
+    folders.write(images=[image(0, A), image(1, B, sha256="0" * 64), image(2, C, sha256=None)])
+    assert folders.join()["samples"] == 3
+    report = folders.join("--verify-hash")
+    assert list(folders.joined()) == [A, C]
+    assert report["left_out"] == {"a changed image (sha256)": 1} and report["unverified"] == 1
+
+
+def test_patterns_and_folders_of_shards(folders):
+    for name in ("00/0.tar", "00/1.tar", "01/0.tar"):
+        folders.write(name)
+    folders.join()
+    assert list(bytes_of(folders.output)) == ["00/0.tar", "00/1.tar", "01/0.tar"]
+    assert json.loads((folders.output / "00" / "sizes.json").read_text()) == {"0.tar": 3, "1.tar": 3}
+    whole = bytes_of(folders.output)
+    shutil.rmtree(folders.output)
+    folders.join("--shards", "00/{0..1}.tar")
+    assert list(bytes_of(folders.output)) == ["00/0.tar", "00/1.tar"]
+    shutil.rmtree(folders.output)
+    pattern = str(folders.reinforcements) + "/{00..01}/0.tar"
+    folders.join(sources=(folders.captions, folders.images, pattern))
+    assert bytes_of(folders.output) == {name: whole[name] for name in ("00/0.tar", "01/0.tar")}
+
+
+# never a wrong result
+
+
+def test_same_bytes_whatever_the_workers_the_run_and_the_system_call(folders, tmp_path, monkeypatch):
+    for number in range(4):
+        folders.write(f"{number:08d}.tar")
+    folders.join()
+    folders.join("--workers", 3, output=tmp_path / "three")
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "not here")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    folders.join(output=tmp_path / "without")
+    assert len(bytes_of(folders.output)) == 4
+    assert bytes_of(folders.output) == bytes_of(tmp_path / "three") == bytes_of(tmp_path / "without")
+
+
+def test_header_is_plain_ustar(folders):
+    folders.write()
+    folders.join()
+    data = (folders.output / "00000000.tar").read_bytes()
+    assert data[257:265] == b"ustar\x0000" and len(data) % 10240 == 0
+    with tarfile.open(folders.output / "00000000.tar") as tar:
+        assert {(m.type, m.mode, m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(b"0", 0o644, 0, 0, 0, "")}
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs tar")
+def test_tar_reads_the_output(folders, tmp_path):
+    folders.write()
+    folders.join()
+    shard = folders.output / "00000000.tar"
+    listed = subprocess.run(["tar", "tvf", shard], check=True, capture_output=True, text=True)
+    assert listed.stderr == "" and len(listed.stdout.splitlines()) == 3 * 7
+    (tmp_path / "unpacked").mkdir()
+    subprocess.run(["tar", "xf", shard, "-C", tmp_path / "unpacked"], check=True)
+    assert (tmp_path / "unpacked" / f"{A}.jpg").read_bytes() == image_of(A)
+
+
+def test_webdataset_reads_the_samples(folders):
+    folders.write()
+    folders.join()
+    samples = list(webdataset.WebDataset(str(folders.output / "00000000.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [A, B, C]
+    assert samples[1]["jpg"] == image_of(B) and samples[1]["syn.json"] == reinforcement(B)[1]["syn.json"]
+
+
+def test_finished_shards_are_skipped_and_changed_ones_redone(folders):
+    for number in range(2):
+        folders.write(f"{number:08d}.tar")
+    first = folders.join()
+    times = [path.stat().st_mtime_ns for path in sorted(folders.output.glob("*.tar"))]
+    again = folders.join()
+    assert [path.stat().st_mtime_ns for path in sorted(folders.output.glob("*.tar"))] == times
+    assert again["shards"] == {"already there": 2} and again["samples"] == first["samples"] == 6
+
+    folders.write("00000001.tar", uids=(A,))
+    shutil.rmtree(folders.captions)  # what is finished needs its sources no more
+    folders.captions.mkdir()
+    write_shard(folders.captions / "00000001.tar", [caption(A)])
+    assert folders.join()["shards"] == {"already there": 1, "joined": 1}
+    assert json.loads((folders.output / "sizes.json").read_text()) == {"00000000.tar": 3, "00000001.tar": 1}
+
+    with open(folders.output / "00000001.tar", "ab") as file:
+        file.write(b"x")
+    assert folders.join()["shards"] == {"already there": 1, "joined": 1}
+
+
+def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tmp_path):
+    uids = [f"{number:032x}" for number in range(60)]
+    for number in range(6):
+        folders.write(f"{number:08d}.tar", uids=uids)
+    folders.join(output=tmp_path / "undisturbed")
+    whole = bytes_of(tmp_path / "undisturbed")
+
+    # dies by itself while it writes its third shard
+    slow = (
+        "import os, signal, sys, join_shards as j\n"
+        "copy, seen = j.copy, []\n"
+        "def dying(span, out):\n"
+        "    seen.append(span)\n"
+        "    if len(seen) > 1000: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    copy(span, out)\n"
+        "j.copy = dying\n"
+        "j.main(sys.argv[1:])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    killed = subprocess.run([sys.executable, "-c", slow, *folders.arguments()], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert bytes_of(folders.output) == {name: whole[name] for name in list(whole)[:2]}
+    assert len(partials(folders.output)) == 1 and not (folders.output / "sizes.json").exists()
+
+    # is killed from outside, with two workers
+    command = [sys.executable, str(SCRIPT), *folders.arguments("--workers", 2)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    while len(bytes_of(folders.output)) < 3 and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:  # its workers go with it
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("workers outlive the run")
+    assert all(whole[name] == data for name, data in bytes_of(folders.output).items())
+
+    report = folders.join()
+    assert report["shards"]["already there"] >= 3
+    assert bytes_of(folders.output) == whole and partials(folders.output) == []
+    assert (folders.output / "sizes.json").read_text() == (tmp_path / "undisturbed" / "sizes.json").read_text()
+
+
+# bad input
+
+
+def second_member(path):
+    """Where the second member begins."""
+    with tarfile.open(path) as tar:
+        return tar.getmembers()[1].offset
+
+
+def overwrite(path, at, data):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def double(path):
+    path.write_bytes(path.read_bytes() * 2)
+
+
+BAD_SHARDS = {
+    "zero bytes": (lambda path: os.truncate(path, 0), "empty file"),
+    "cut in a header": (lambda path: os.truncate(path, 300), "truncated header"),
+    "cut in a member": (lambda path: os.truncate(path, second_member(path) + 600), "unexpected end of data"),
+    "cut between members": (lambda path: os.truncate(path, second_member(path)), "no end mark"),
+    "zeros from some point on": (lambda path: overwrite(path, second_member(path), bytes(3 << 20)), "damaged"),
+    "rubbish for a header": (lambda path: overwrite(path, second_member(path), b"rubbish" * 70), "damaged"),
+    "two tars in one file": (double, "several in one file"),
+    "not a tar": (lambda path: path.write_bytes(b"<html>404</html>" * 1000), "not a whole tar"),
+    "compressed": (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(3000)), "not a whole tar"),
+    "missing": (lambda path: path.unlink(), "not in the source"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "not in the source"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SHARDS)
+@pytest.mark.parametrize("which", ["images", "reinforcements"])
+def test_bad_shard_fails_with_one_line_and_the_others_go_on(folders, which, case, capsys):
+    damage, line = BAD_SHARDS[case]
+    for number in range(3):
+        folders.write(f"{number:08d}.tar")
+    damage(getattr(folders, which) / "00000001.tar")
+    report = folders.join_failing("--shards", "{00000000..00000002}.tar")
+    assert list(bytes_of(folders.output)) == ["00000000.tar", "00000002.tar"] and partials(folders.output) == []
+    assert list(report["failed"]) == ["00000001.tar"] and line in report["failed"]["00000001.tar"]
+    errors = capsys.readouterr().err
+    assert errors.count("failed: ") == 1 and "Traceback" not in errors
+    assert json.loads((folders.output / "sizes.json").read_text()) == {"00000000.tar": 3, "00000002.tar": 3}
+
+
+def test_failed_shard_is_joined_when_its_source_is_mended(folders):
+    folders.write()
+    (folders.images / "00000000.tar").write_bytes(b"")
+    folders.join_failing()
+    folders.write()
+    assert folders.join()["shards"] == {"joined": 1}
+
+
+def member(name, type=tarfile.REGTYPE, data=b"x", **more):
+    info = tarfile.TarInfo(name)
+    info.type, info.size = type, len(data) if type == tarfile.REGTYPE else 0
+    for attribute, value in more.items():
+        setattr(info, attribute, value)
+    return info, data
+
+
+BAD_MEMBERS = {
+    "parent": (member(f"../{B}.png"), "a member name with a folder or control character"),
+    "absolute": (member(f"/{B}.png"), "a member name with a folder or control character"),
+    "folder": (member(f"pictures/{B}.png"), "a member name with a folder or control character"),
+    "backslash": (member(f"..\\{B}.png"), "a member name with a folder or control character"),
+    "newline": (member(f"{B}.p\nng"), "a member name with a folder or control character"),
+    "symbolic link": (member(f"{B}.png", tarfile.SYMTYPE, linkname="/etc/hosts"), "a member that is not a plain file"),
+    "hard link": (member(f"{B}.png", tarfile.LNKTYPE, linkname=f"{A}.txt"), "a member that is not a plain file"),
+    "device": (member(f"{B}.png", tarfile.CHRTYPE), "a member that is not a plain file"),
+    "sparse": (
+        member(f"{B}.png", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": "9", "GNU.sparse.numblocks": "1"}),
+        "a member that is not a plain file",
+    ),
+    "long name": (member(f"{B}.{'p' * 100}"), "a name of over 100 bytes"),
+    "unreadable json": (member(f"{B}.json", data=b'{"uid": '), "an unreadable json"),
+    "not text": (member(f"{B}.json", data=b"\xff\x00\x80"), "an unreadable json"),
+    "deep json": (member(f"{B}.json", data=b"[" * 200_000), "an unreadable json"),
+    "huge json": (member(f"{B}.json", data=b" " * 10_000_001), "an unreadable json"),
+    "uid that is a path": (member(f"{B}.json", data=b'{"uid": "../b"}'), "a uid that can't be a file name"),
+    "uid that is no text": (member(f"{B}.json", data=b'{"uid": "\\ud800"}'), "a uid that can't be a file name"),
+    "uid that is a number": (member(f"{B}.json", data=b'{"uid": 7}'), "a uid that can't be a file name"),
+}
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
+@pytest.mark.parametrize("case", BAD_MEMBERS)
+def test_bad_member_costs_its_sample_only(folders, case, tar_format, capsys):
+    (info, data), reason = BAD_MEMBERS[case]
+    if case == "sparse" and tar_format == tarfile.GNU_FORMAT:
+        pytest.skip("tarfile can't write it")
+    folders.write()
+    with tarfile.open(folders.captions / "00000000.tar", "a", format=tar_format) as tar:
+        tar.addfile(info, io.BytesIO(data))
+    report = folders.join()
+    assert list(folders.joined()) == [A, C]
+    assert report["left_out"] == {reason: 1}
+    assert f"00000000.tar: 1 left out for {reason}, first {B}" in capsys.readouterr().err
+
+
+def test_members_packed_from_a_folder_and_stray_files_do_no_harm(folders):
+    folders.write()
+    with tarfile.open(folders.captions / "00000000.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(member(".", tarfile.DIRTYPE)[0])
+        for name in ("./README", "./.DS_Store"):
+            tar.addfile(member(name)[0], io.BytesIO(b"x"))
+        for uid in (A, B, C):
+            for extension, data in caption(uid)[1].items():
+                info, data = member(f"./{uid}.{extension}", data=data, mtime=1.5)  # a float: a PAX header
+                tar.addfile(info, io.BytesIO(data))
+    assert folders.join()["samples"] == 3
+
+
+def test_member_of_negative_size_fails_the_shard(folders):
+    folders.write()
+    header = bytearray((folders.captions / "00000000.tar").read_bytes()[:512])
+    header[124:136] = b"\xff" * 10 + b"\xfc\x00"  # -1024 in base 256: tarfile would read this header again and again
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+    overwrite(folders.captions / "00000000.tar", 0, header)
+    assert "negative size" in folders.join_failing()["failed"]["00000000.tar"]
+
+
+def test_full_disk_fails_the_shard_and_leaves_nothing(folders, monkeypatch):
+    folders.write("00000000.tar")
+    folders.write("00000001.tar")
+    copy, copied = join_shards.copy, Counter()
+
+    def full(span, out):
+        copied["members"] += 1
+        if copied["members"] == 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        copy(span, out)
+
+    monkeypatch.setattr(join_shards, "copy", full)
+    report = folders.join_failing()
+    assert "No space left" in report["failed"]["00000000.tar"]
+    assert list(bytes_of(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
+
+
+def test_shard_with_nothing_left_fails(folders):
+    folders.write("00000000.tar")
+    folders.write("00000001.tar", images=[image(0, A, status="failed_to_download")])
+    report = folders.join_failing()
+    assert "no sample would be left: 3 with no image" in report["failed"]["00000001.tar"]
+    assert list(bytes_of(folders.output)) == ["00000000.tar"]
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "script"),
+    [("images", "download_images.sh"), ("captions", "download_datacompdr12m.sh"), ("reinforcements", "reinforce.py")],
+)
+def test_forgotten_source_is_an_error_that_says_what_gets_it(folders, forgotten, script):
+    folders.write(images=[(uid, {"jpg": image_of(uid)}) for uid in (A, B, C)])
+    sources = [getattr(folders, name) for name in ("captions", "images", "reinforcements") if name != forgotten]
+    with pytest.raises(SystemExit, match=rf"no source holds a sample's {forgotten[:-1]}(?s:.)*{script}"):
+        folders.join(sources=sources)
+    assert not folders.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--source", "nowhere/{0..3}.tar"], "no such folder"),
+        (["--source", "nowhere"], "no such folder"),
+        (["--source", "."], "inside"),
+        (["--shards", "../{0..3}.tar"], "relative"),
+        (["--shards", "{0..3.tar"], "no brace pattern"),
+        (["--require", "video"], None),
+        (["--workers", "0"], None),
+    ],
+)
+def test_wrong_options_are_refused(folders, more, message, monkeypatch):
+    folders.write()
+    monkeypatch.chdir(folders.images.parent)
+    with pytest.raises(SystemExit, match=message):
+        folders.join(*more)
+    assert not folders.output.exists()
+
+
+def test_output_over_a_source_is_refused(folders):
+    folders.write()
+    before = bytes_of(folders.images)
+    with pytest.raises(SystemExit, match="is a source"):
+        folders.join(output=folders.images)
+    assert bytes_of(folders.images) == before
+
+
+def test_interrupted_run_ends_its_workers_and_says_what_to_do(folders):
+    uids = [f"{number:032x}" for number in range(60)]
+    for number in range(20):
+        folders.write(f"{number:08d}.tar", uids=uids)
+    command = [sys.executable, str(SCRIPT), *folders.arguments("--workers", 2)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not bytes_of(folders.output) and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "run it again" in errors and "Traceback" not in errors
+    assert partials(folders.output) == []
+
+
+# the shell face
+
+
+def run_face(folders, *arguments, **variables):
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "DATACOMP12M_PATH": str(folders.captions),
+        "DATACOMP12M_IMAGES_PATH": str(folders.images),
+        "DATACOMPDR12M_NOIMG_PATH": str(folders.reinforcements),
+        "DATACOMPDR12M_PATH": str(folders.output),
+        **variables,
+    }
+    command = ["bash", str(ROOT / "scripts" / "join_datacompdr12m.sh"), *arguments]
+    return subprocess.run(command, env=environment, cwd=folders.images.parent, capture_output=True, text=True)
+
+
+def test_shell_face_joins_what_its_variables_name(folders):
+    for number in range(3):
+        folders.write(f"{number:08d}.tar", images=[image(0, A), image(1, B), image(2, C, sha256="0")])
+    run = run_face(folders, "--verify-hash", SHARDS="{00000001..00000002}.tar", WORKERS="2")
+    assert run.returncode == 0, run.stderr
+    assert "samples joined" in run.stdout
+    assert list(bytes_of(folders.output)) == ["00000001.tar", "00000002.tar"]
+    assert list(folders.joined("00000001.tar")) == [A, B]
+
+
+def test_shell_face_names_the_variable_and_the_script_of_a_missing_folder(folders):
+    folders.write()
+    shutil.rmtree(folders.images)
+    run = run_face(folders)
+    assert run.returncode == 1
+    for said in ("DATACOMP12M_IMAGES_PATH", str(folders.images), "scripts/download_images.sh"):
+        assert said in run.stderr
+
+
+def test_shell_face_tells_its_exit_status_and_help(folders):
+    folders.write()
+    (folders.images / "00000000.tar").write_bytes(b"")
+    assert run_face(folders).returncode == 1
+    told = run_face(folders, "--help")
+    assert told.returncode == 0 and "DATACOMP12M_IMAGES_PATH" in told.stdout and "--verify-hash" in told.stdout

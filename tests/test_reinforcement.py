@@ -1,0 +1,165 @@
+"""One sample: what is drawn belongs together, and whatever is broken is told, never run."""
+
+import gzip
+import io
+import json
+import pickle
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from shards import AUGMENTATION, encode, picture, reinforced_sample, stored_embeddings
+
+from dr import reinforcement
+from dr.reinforcement import BadSample, decode_image, draw
+from dr.transforms import compose_from_config
+
+COMPOSE = compose_from_config(AUGMENTATION)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["npz", "pth.gz"])
+@pytest.mark.parametrize("as_string", [False, True], ids=["list", "string"])
+def test_the_embeddings_are_those_of_the_drawn_augmentation_and_captions(bf16, as_string):
+    sample = reinforced_sample(3, bf16=bf16, as_string=as_string)
+    stored = json.loads(sample["paug.json"])["param_aug"]
+    stored = json.loads(stored) if as_string else stored
+    seen = set()
+    for seed in range(60):
+        drawn = draw(sample, COMPOSE, random.Random(seed))
+        augmentation = stored.index(COMPOSE.compress(drawn["params"]))
+        original, synthetic = (int(text.split()[1]) for text in drawn["captions"])
+        assert original == 0 and synthetic > 0
+        assert torch.equal(drawn["image_emb"], torch.full((12,), 3 + augmentation / 64))
+        assert torch.equal(drawn["text_emb"], torch.tensor([[-3.0], [-3 - synthetic / 64]]).expand(2, 12))
+        assert drawn["image_emb"].dtype == drawn["text_emb"].dtype == torch.float32
+        assert drawn["jpg"] == sample["jpg"]
+        seen.add((augmentation, synthetic))
+    assert len(seen) == 4 * 3  # every combination comes up
+
+
+def test_mixing_draws_one_caption_with_the_given_probability():
+    sample = reinforced_sample(3)
+    for ratio, low, high in ((0.0, 0, 0), (1.0, 400, 400), (0.25, 70, 130)):
+        rng = random.Random(0)
+        drawn = [draw(sample, COMPOSE, rng, mix_ratio=ratio) for _ in range(400)]
+        for one in drawn:
+            (text,) = one["captions"]
+            assert torch.equal(one["text_emb"], torch.full((1, 12), -3 - int(text.split()[1]) / 64))
+        assert low <= sum(not one["captions"][0].startswith("caption 0") for one in drawn) <= high
+
+
+def broken(**members):
+    """A sample with other members; None leaves one out."""
+    sample = {**reinforced_sample(5), **{name.replace("_", "."): data for name, data in members.items()}}
+    return {name: data for name, data in sample.items() if data is not None}
+
+
+def npz(**arrays):
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def rows(image=4, text=4, width=12, fill=0.5):
+    return stored_embeddings(torch.full((image, width), fill), torch.full((text, width), fill))
+
+
+def bomb():
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("image_emb.npy", bytes(2**27))
+    return stream.getvalue()
+
+
+BROKEN = {
+    "no image": (broken(jpg=None), r"lacks an image \(jpg or jpeg or png or webp\)"),
+    "no caption": (broken(txt=None), r"lacks a caption \(txt\)"),
+    "no synthetic captions": (broken(syn_json=None), "lacks synthetic captions"),
+    "no parameters": (broken(paug_json=None), "lacks augmentation parameters"),
+    "no embeddings": (broken(npz=None), r"lacks embeddings \(npz or pth.gz\)"),
+    "empty caption": (broken(txt=b" \n"), "empty caption"),
+    "caption in another encoding": (broken(txt=b"caf\xe9"), "unreadable txt"),
+    "bad json": (broken(syn_json=b'{"syn_text": ['), "unreadable syn.json"),
+    "deep json": (broken(paug_json=b"[" * 100_000), "unreadable paug.json"),
+    "json without the field": (broken(paug_json=b"{}"), "unreadable paug.json: expected an object with param_aug"),
+    "no list of captions": (broken(syn_json=b'{"syn_text": "one"}'), "unreadable syn.json"),
+    "a caption that is none": (broken(syn_json=b'{"syn_text": ["a", 3]}'), "unreadable syn.json"),
+    "no list of parameters": (broken(paug_json=b'{"param_aug": "[1, 2"}'), "unreadable paug.json"),
+    "wrong parameters": (broken(paug_json=b'{"param_aug": [[1], [1], [1], [1]]}'), "augmentation parameters"),
+    "too few image rows": (broken(npz=rows(image=3)), "row counts disagree: image_emb has 3 rows for 4 augmentations"),
+    "too many text rows": (broken(npz=rows(text=5)), "row counts disagree: text_emb has 5 rows for 4 captions"),
+    "another width": (broken(npz=rows(width=11)), "embedding width: image_emb is 11 wide, expected 12"),
+    "not finite": (broken(npz=rows(fill=float("nan"))), "embeddings are not finite"),
+    "integers": (broken(npz=npz(image_emb=np.ones((4, 12), int), text_emb=np.ones((4, 12)))), "image_emb is torch.int"),
+    "one array": (broken(npz=npz(image_emb=np.zeros((4, 12)))), "unreadable npz: KeyError"),
+    "short npz": (broken(npz=rows()[:-200]), "unreadable npz"),
+    "no npz": (broken(npz=b"hello"), "unreadable npz"),
+    "zip bomb": (broken(npz=bomb()), "oversized npz: 134217728 bytes inflated"),
+    "gzip bomb": (broken(npz=None, pth_gz=gzip.compress(bytes(2**27))), "oversized pth.gz"),
+    "zip bomb in gzip": (broken(npz=None, pth_gz=gzip.compress(bomb())), "oversized pth.gz"),
+    "no gzip": (broken(npz=None, pth_gz=b"hello"), "unreadable pth.gz"),
+    "short pth.gz": (broken(npz=None, pth_gz=reinforced_sample(5, bf16=True)["pth.gz"][:-100]), "unreadable pth.gz"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sample", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_sample_is_told_from_others_by_its_reason(sample, message):
+    with pytest.raises(BadSample, match=message) as raised:
+        draw(sample, COMPOSE, random.Random(0), width=12)
+    assert str(raised.value).startswith(raised.value.reason)
+    assert not any(digit in raised.value.reason for digit in "0123456789")  # one reason for all samples of its kind
+
+
+class Planted:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("where", ["npz", "array in npz", "pth.gz", "legacy pth.gz", "pickle in pth.gz"])
+def test_a_planted_pickle_is_not_run(where, tmp_path):
+    path, stream = tmp_path / "ran", io.BytesIO()
+    planted = Planted(str(path))
+    pickle.loads(pickle.dumps(planted)).close()
+    assert path.exists()  # it does what it should, if it is run
+    path.unlink()
+    if where == "npz":
+        members = {"npz": pickle.dumps(planted)}
+    elif where == "array in npz":
+        np.savez(stream, image_emb=np.array([planted], dtype=object), text_emb=np.zeros((4, 12)))
+        members = {"npz": stream.getvalue()}
+    else:
+        if where == "pickle in pth.gz":
+            stream.write(pickle.dumps(planted))
+        else:
+            torch.save({"image_emb": planted}, stream, _use_new_zipfile_serialization=where == "pth.gz")
+        members = {"npz": None, "pth_gz": gzip.compress(stream.getvalue())}
+    with pytest.raises(BadSample, match="unreadable"):
+        draw(broken(**members), COMPOSE, random.Random(0))
+    assert not path.exists()
+
+
+def test_images_of_every_kind_become_rgb():
+    for mode, image_format in (("RGB", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "WEBP")):
+        for size in ((40, 48), (1, 1)):
+            sample = {"png": encode(picture(0, *size).convert(mode), image_format)}  # the member's name is not asked
+            img = decode_image(sample)
+            assert (img.mode, img.size) == ("RGB", size[::-1])
+
+
+def test_broken_and_oversized_images_are_told(monkeypatch):
+    whole = encode(picture(0, 200, 300))
+    for data in (whole[: len(whole) // 2], b"", b"<html>gone</html>"):
+        with pytest.raises(BadSample, match="undecodable image"):
+            decode_image({"jpg": data})
+    with pytest.raises(BadSample, match="undecodable image"):
+        decode_image({"jpg": encode(picture(0), "EPS")})  # Pillow would start ghostscript
+    monkeypatch.setattr(reinforcement, "MAX_PIXELS", 1000)
+    with pytest.raises(BadSample, match="oversized image: 300x200"):
+        decode_image({"jpg": whole})
