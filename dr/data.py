@@ -70,7 +70,7 @@ class UsableSamples:
         self.reasons[error.reason] += 1
         self.skipped[error.reason] += 1
         count = self.skipped[error.reason]
-        if count <= WARNINGS_OF_A_KIND or set(str(count)[1:]) == {"0"}:
+        if count <= WARNINGS_OF_A_KIND or str(count).rstrip("0") == "1":
             logging.warning(
                 f"Skipped sample {sample.get('__key__')} of {sample.get('__url__')}: {error} "
                 f"(number {count} for this reason in this worker)"

@@ -378,13 +378,12 @@ def join_shard(name, sources, output, require, verify_hash):
 
 
 def follow_parent():
-    """End this worker when the main process is killed; it would wait for work forever. Ctrl-C is for the main one."""
+    """End this worker when the main process is killed; it would wait for work forever."""
 
     def follow():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=follow, daemon=True).start()
 
 
@@ -395,8 +394,11 @@ def run_all(names, workers, arguments):
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent) as pool:
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for this process
+        futures = [pool.submit(join_shard, name, *arguments) for name in names]
+        signal.signal(signal.SIGINT, interrupt)
         try:
-            for future in as_completed([pool.submit(join_shard, name, *arguments) for name in names]):
+            for future in as_completed(futures):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)

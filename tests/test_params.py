@@ -1,0 +1,92 @@
+"""Options that contradict each other are refused at start-up, naming both sides."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, environment, run
+from shards import AUGMENTATION
+
+CONFIG = ROOT / "configs" / "datacompdr12m.json"
+GOOD = f"--dataset-reinforcement --dataset-reinforcement-config {CONFIG} --distill-logit-scale 100"
+NO_CROP = {"reinforce": {"image_augmentation": {n: a for n, a in AUGMENTATION.items() if n != "random_resized_crop"}}}
+UNKNOWN = {"reinforce": {"image_augmentation": {"colour_jitter": {}}}}
+REFUSED = [
+    ("--dataset-reinforcement --distill-logit-scale 100", ["needs --dataset-reinforcement-config"]),
+    (f"{GOOD} --dataset-reinforcement-config nowhere.json", ["nowhere.json", "No such file"]),
+    (f"{GOOD} --dataset-reinforcement-config {{no_crop}}", ["no random_resized_crop"]),
+    (f"{GOOD} --dataset-reinforcement-config {{unknown}}", ["colour_jitter"]),
+    (f"{GOOD} --dataset-reinforcement-config {{no_json}}", ["no_json"]),
+    (f"{GOOD} --dataset-reinforcement-config {{other}}", ["reinforce.image_augmentation"]),
+    (GOOD.replace("--distill-logit-scale 100", ""), ["--distill-loss-weights 1.0 1.0", "no --distill-logit-scale"]),
+    (f"{GOOD} --siglip", ["--dataset-reinforcement", "--siglip"]),
+    (f"{GOOD} --model coca_ViT-B-32", ["--dataset-reinforcement", "CoCa model coca_ViT-B-32"]),
+    (f"{GOOD} --distill-model ViT-B-32 --distill-pretrained x", ["--dataset-reinforcement", "--distill-model"]),
+    (f"{GOOD} --horovod", ["--dataset-reinforcement", "--horovod"]),
+    (f"{GOOD} --aug-cfg scale=0.5", ["--dataset-reinforcement", "--aug-cfg"]),
+    (f"{GOOD} --dataset-type csv", ["--dataset-reinforcement", "--dataset-type csv"]),
+    (
+        f"{GOOD} --dataset-reinforcement-mix-synthetic --dataset-reinforcement-mix-synthetic-ratio 1.5",
+        ["--dataset-reinforcement-mix-synthetic-ratio 1.5", "0 to 1"],
+    ),
+    (f"{GOOD} --dataset-reinforcement-mix-synthetic-ratio -0.1", ["ratio -0.1", "0 to 1"]),
+    (f"{GOOD} --dataset-reinforcement-mix-synthetic-ratio 0.5", ["ratio 0.5", "without --dataset-reinforcement-mix"]),
+    (f"{GOOD} --distill-loss-weights 0 0", ["--distill-loss-weights 0.0 0.0"]),
+    (f"{GOOD} --distill-loss-weights -1 1", ["--distill-loss-weights -1.0 1.0"]),
+    (f"{GOOD} --distill-teacher-dimension 768 0", ["--distill-teacher-dimension 768 0"]),
+    (
+        f"{GOOD} --distill-teacher-dimension 768 768 --distill-logit-scale 1 2 3",
+        ["--distill-logit-scale has 3 values", "--distill-teacher-dimension 2"],
+    ),
+    (f"--dataset-reinforcement-config {CONFIG}", ["-config was given without --dataset-reinforcement"]),
+    ("--distill-average-after-softmax", ["without --dataset-reinforcement"]),
+    ("--model nowhere/model.json", ["no model config file nowhere/model.json"]),
+]  # fmt: skip
+ACCEPTED = [
+    "",
+    "--siglip",
+    "--model coca_ViT-B-32",
+    GOOD,
+    f"{GOOD} --distill-teacher-dimension 768 768 --distill-logit-scale 100 50 --distill-average-after-softmax",
+    f"{GOOD} --dataset-reinforcement-mix-synthetic --dataset-reinforcement-mix-synthetic-ratio 1.0",
+    f"--dataset-reinforcement --dataset-reinforcement-config {CONFIG} --distill-loss-weights 1 0",
+]
+PARSE = """
+import contextlib, io, json, sys
+from training.params import parse_args
+for line in json.loads(sys.stdin.read()):
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parse_args(line.split())
+        print(json.dumps([0, ""]))
+    except SystemExit as stop:
+        print(json.dumps([stop.code, said.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tree, tmp_path_factory):
+    """What the patched trainer's own parser says of each command line."""
+    folder = tmp_path_factory.mktemp("configs")
+    files = {"no_crop": json.dumps(NO_CROP), "unknown": json.dumps(UNKNOWN), "no_json": "{", "other": '{"a": 1}'}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    names = {name: folder / name for name in files}
+    lines = [line.format(**names) for line, _ in REFUSED] + ACCEPTED
+    done = run([sys.executable, "-c", PARSE], input=json.dumps(lines), env=environment(tree))
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("index", range(len(REFUSED)), ids=[message[0] for _, message in REFUSED])
+def test_contradicting_options_are_refused_in_one_line(outcomes, index):
+    status, said = outcomes[index]
+    assert status == 2
+    assert said.startswith("error: ") and said.count("\n") == 1
+    for part in REFUSED[index][1]:
+        assert part in said
+
+
+def test_options_that_go_together_are_taken(outcomes):
+    assert outcomes[len(REFUSED) :] == [[0, ""]] * len(ACCEPTED)

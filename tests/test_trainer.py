@@ -1,0 +1,203 @@
+"""The patched trainer, end to end: real shards, real torchrun over gloo, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, environment, run
+from shards import AUGMENTATION, encode, picture, uid, write_reinforced_shards, write_shard
+
+MODEL = ROOT / "tests" / "data" / "tiny_vit.json"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps({"num_samples": 4, "reinforce": {"image_augmentation": AUGMENTATION}}))
+    return path
+
+
+@pytest.fixture(scope="module", params=["npz", "pth.gz"])
+def shards(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    return write_reinforced_shards(folder, shards=4, samples=24, bf16=request.param == "pth.gz", width=12)
+
+
+def settings(tree, config, shards, logs, *paths, **changes):
+    """The environment in which a run script trains the tiny model on the CPU in two processes."""
+    small = {
+        "DATA": shards,
+        "MODEL": MODEL,
+        "LOGS": logs,
+        "NAME": "run",
+        "NUM_NODES": 1,
+        "NUM_GPUS": 0,
+        "NUM_PROCESSES": 2,
+        "GLOBAL_BATCH": 16,
+        "ITERATIONS": 8,
+        "CHECKPOINTS": 2,
+        "WORKERS": 1,
+        "WARMUP": 2,
+        "LOG_EVERY": 1,
+        "IMAGENET_VAL": "",
+        "REPORT_TO": "",
+        "REINFORCEMENT_CONFIG": config,
+        "DISTILL_TEACHER_DIMENSION": "8 4",
+        **changes,
+    }
+    return environment(tree, *paths, **{name: str(value) for name, value in small.items()})
+
+
+def train(tree, environ, *arguments, script="run_datacompdr12m.sh"):
+    return run(["bash", tree / "configs" / script, *arguments], env=environ, cwd=tree)
+
+
+def log(logs, name="run"):
+    return (logs / name / "out.log").read_text()
+
+
+def state(path):
+    """A checkpoint, as torch loads it by default: with weights_only=True."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def test_two_processes_train_with_reinforcements_and_validate_without(tree, config, shards, tmp_path):
+    first = shards.replace("{00000000..00000003}", "00000000")
+    environ = settings(tree, config, shards, tmp_path, DISTILL_LOSS_WEIGHTS="0.25 0.75")
+    done = train(tree, environ, "--val-data", first, "--val-num-samples", "24")
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = log(tmp_path)
+    assert text.count("Contrastive_loss") == text.count("Distill_loss") == 8  # every step of both epochs
+    assert "total 2." in text  # two processes
+    for name in ("epoch_1.pt", "epoch_2.pt", "epoch_latest.pt"):
+        assert state(tmp_path / "run" / "checkpoints" / name)["optimizer"]
+    lines = (tmp_path / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["num_samples"] for line in lines] == [24, 24]
+
+
+@pytest.mark.parametrize("shards", ["npz"], indirect=True)
+def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, tmp_path):
+    environ = settings(tree, config, shards, tmp_path, CHECKPOINTS=40, ITERATIONS=160)
+    process = subprocess.Popen(
+        ["bash", str(tree / "configs" / "run_datacompdr12m.sh")],
+        env=environ,
+        cwd=tree,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.time() + 120
+    while not (checkpoints / "epoch_2.pt").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    workers = run(["pgrep", "-P", process.pid]).stdout.split()  # the script became torchrun, its children are the ranks
+    assert len(workers) == 2
+    for pid in (*workers, process.pid):
+        os.kill(int(pid), signal.SIGKILL)
+    process.wait()
+    reached = state(checkpoints / "epoch_latest.pt")["epoch"]
+    assert 1 <= reached < 40, "the run was to be killed midway"
+
+    environ.update(CHECKPOINTS=str(reached + 1), ITERATIONS=str(4 * (reached + 1)))
+    done = train(tree, environ, "--resume", "latest")
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = log(tmp_path)
+    assert f"resuming checkpoint '{checkpoints}/epoch_latest.pt' (epoch {reached})" in text
+    assert text.count(f"Start epoch {reached}\n") in (1, 2)  # 2: it had begun when it was killed
+    assert state(checkpoints / "epoch_latest.pt")["epoch"] == reached + 1
+    steps = {int(entry["step"]) for entry in state(checkpoints / "epoch_latest.pt")["optimizer"]["state"].values()}
+    assert steps == {4 * (reached + 1)}
+
+
+@pytest.mark.parametrize("shards", ["npz"], indirect=True)
+def test_the_recipe_runs_on_webdataset_0_2_86_too(tree, config, shards, tmp_path, old_webdataset):
+    environ = settings(tree, config, shards, tmp_path, old_webdataset, ITERATIONS=4)
+    version = [sys.executable, "-c", "import webdataset; print(webdataset.__version__)"]
+    assert run(version, env=environ).stdout.strip() == "0.2.86"
+    done = train(tree, environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert log(tmp_path).count("Distill_loss") == 4
+
+
+@pytest.mark.parametrize("shards", ["npz"], indirect=True)
+def test_accumulation_trains_on_several_processes(tree, config, shards, tmp_path):
+    done = train(tree, settings(tree, config, shards, tmp_path, ACCUM_FREQ=2, ITERATIONS=4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert log(tmp_path).count("Distill_loss") == 4
+
+
+def test_accumulating_micro_batches_equals_one_batch_of_their_sum(tree, config):
+    done = run([sys.executable, ROOT / "tests" / "accumulated_step.py", MODEL, config], env=environment(tree))
+    assert done.returncode == 0, done.stderr[-3000:]
+    difference = json.loads(done.stdout.splitlines()[-1])
+    assert difference["worst"] < 1e-4 and difference["logit_scale"] < 1e-4
+
+
+@pytest.mark.parametrize("shards", ["npz"], indirect=True)
+def test_a_checkpoint_with_numpy_scalars_resumes(tree, config, shards, tmp_path):
+    """As the unpatched trainer leaves them: the learning rate is a NumPy number."""
+    import numpy as np
+
+    environ = settings(tree, config, shards, tmp_path, CHECKPOINTS=1, ITERATIONS=2)
+    assert train(tree, environ).returncode == 0
+    latest = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
+    checkpoint = state(latest)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["lr"] = np.float64(group["lr"])
+    torch.save(checkpoint, latest)
+    done = train(tree, {**environ, "CHECKPOINTS": "2", "ITERATIONS": "4"}, "--resume", "latest")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert state(latest)["epoch"] == 2
+
+
+@pytest.mark.parametrize("shards", ["npz"], indirect=True)
+def test_wrong_teacher_dimensions_stop_the_run_naming_both_sides(tree, config, shards, tmp_path):
+    done = train(tree, settings(tree, config, shards, tmp_path, DISTILL_TEACHER_DIMENSION="8 8", NUM_PROCESSES=1))
+    assert done.returncode != 0
+    assert "12 wide, expected 16 by --distill-teacher-dimension" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["run_datacomp12m.sh", "run_datacompdr12m.sh"])
+def test_shards_without_images_stop_the_run(tree, config, tmp_path, script):
+    members = {"txt": b"a caption", "json": b"{}"}
+    shard = write_shard(tmp_path / "00000000.tar", [(uid(seed), members) for seed in range(30)])
+    done = train(tree, settings(tree, config, shard, tmp_path / "logs", NUM_PROCESSES=1), script=script)
+    assert done.returncode != 0
+    assert "not one sample can be used" in done.stderr and "lacks an image (jpg or jpeg or png or webp)" in done.stderr
+
+
+@pytest.mark.parametrize("resampled", ["resampled", "in passes"])
+def test_without_the_new_options_openclip_trains_as_before(tree, unpatched_tree, old_webdataset, tmp_path, resampled):
+    """The same batches, bit for bit, and the same losses: unpatched and patched on the last webdataset on which the
+    unpatched trainer works, and patched on the newest."""
+    for shard in range(3):
+        samples = []
+        for seed in range(20 * shard, 20 * shard + 20):
+            members = {"jpg": encode(picture(seed)), "txt": f"caption {seed}".encode(), "json": b'{"a": 1}'}
+            samples.append((uid(seed), {"txt": b"no image"} if seed % 7 == 3 else members))
+        write_shard(tmp_path / f"{shard:08d}.tar", samples)
+    results = []
+    for name, where, paths in (
+        ("unpatched", unpatched_tree, [old_webdataset]),
+        ("patched", tree, [old_webdataset]),
+        ("newest", tree, []),
+    ):
+        script = [sys.executable, ROOT / "tests" / "plain_training.py", MODEL, f"{tmp_path}/{{00000000..00000002}}.tar"]
+        done = run([*script, tmp_path / name, resampled], env=environment(where, *paths))
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    assert len(results[0]["batches"]) == 6 and len(results[0]["losses"]) == 12
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.skipif(
+    not os.environ.get("OPEN_CLIP_REPO"), reason="OpenCLIP's own tests need its repository: OPEN_CLIP_REPO"
+)
+def test_openclips_own_tests_pass_on_the_patched_commit(tree):
+    own = ["tests/test_wds.py", "tests/test_num_shards.py", "tests/test_training_simple.py::test_training"]
+    done = run([sys.executable, "-m", "pytest", "-q", *own], env=environment(tree, tree / "tests"), cwd=tree)
+    assert done.returncode == 0, done.stdout[-3000:]
