@@ -40,6 +40,9 @@ tree=$(cd "$tree" && pwd)
 DATASETS=${DATASETS:-$(dirname "$tree")/datasets}
 export PYTHONPATH="$tree/src${PYTHONPATH:+:$PYTHONPATH}"
 PYTHON=${PYTHON:-python}
+"$PYTHON" -c 'import braceexpand, sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' 2>/dev/null ||
+    fail "'$PYTHON' has no torch or no braceexpand: activate the environment in which the recipe is installed (README," \
+        "Installing by hand), or set PYTHON to its python"
 
 # require_shards PATTERN VARIABLE HINT: the first and the last shard of a brace pattern must be there.
 require_shards() {
@@ -60,8 +63,6 @@ PY
 }
 
 launch() { # launch [TRAINER ARGUMENT …]
-    "$PYTHON" -c 'import torch' 2>/dev/null ||
-        fail "'$PYTHON' has no torch: activate the environment in which the recipe is installed (README: Installing by hand)"
     local found
     found=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     NUM_NODES=${NUM_NODES:-$DEFAULT_NODES}

@@ -1,0 +1,165 @@
+"""The run scripts start the published recipes as they stand, and say what is missing before torchrun starts."""
+
+import os
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT, environment, run
+from shards import write_shard
+
+RECIPES = ["run_datacomp12m.sh", "run_datacompdr12m.sh", "run_datacompdr1B.sh"]
+COMMON = (
+    "--save-frequency 1 --ddp-static-graph --local-loss --gather-with-grad --grad-checkpointing --warmup 1000 "
+    "--dataset-type webdataset --precision amp --workers 4 --model ViT-B-16 --lr 1.e-3 --seed 0 --accum-freq 1 "
+    "--log-every-n-steps 20 --beta2 0.95 --wd 0.2 --dataset-resampled --grad-clip-norm 1.0 "
+    "--imagenet-val ./imagenet_validation --zeroshot-frequency 1 --report-to wandb --wandb-project-name mobileclip"
+)
+DISTILLED = (
+    "--dataset-reinforcement --distill-logit-scale 100 --distill-teacher-dimension 768 768 "
+    "--distill-average-after-softmax"
+)
+PUBLISHED = {
+    "run_datacomp12m.sh": (1, 8192 * 30_000 // 20, 20, 1024, "--save-most-recent"),
+    "run_datacompdr12m.sh": (
+        4, 8192 * 30_000 // 20, 20, 256, f"--save-most-recent {DISTILLED} --distill-loss-weights 0.0 1.0"
+    ),
+    "run_datacompdr1B.sh": (
+        16, 65536 * 200_000 // 100, 100, 512, f"--resume latest {DISTILLED} --distill-loss-weights 0.25 0.75"
+    ),
+}  # fmt: skip
+# A machine of 8 GPUs: answers what the scripts ask of Python, and prints the command line in torchrun's place.
+SHIM = """#!/usr/bin/env bash
+case "$*" in
+    *torch.distributed.run*) printf '%q ' "$@"; echo ;;
+    *device_count*) echo 8 ;;
+    *"import wandb"*) ;;
+    *) exec {python} "$@" ;;
+esac
+"""
+
+
+def arguments(line):
+    """{option: its values} of a printed command line; the trainer's options only with ``trainer``."""
+    found, words = {}, shlex.split(line)
+    for position, word in enumerate(words):
+        if word.startswith("--") and len(word) > 2:
+            rest = words[position + 1 :]
+            found[word] = rest[: next((i for i, w in enumerate(rest) if w.startswith("--")), len(rest))]
+    return found
+
+
+@pytest.fixture
+def machine(tree, tmp_path):
+    """The environment and folder in which a published recipe finds all that it needs."""
+    shim = tmp_path / "python"
+    shim.write_text(SHIM.format(python=sys.executable))
+    shim.chmod(0o755)
+    for name in ("DataComp-12M/shards/{}", "DataCompDR-12M/shards/{}"):
+        for shard in ("00000000.tar", "00001023.tar"):
+            write_shard(tree.parent / "datasets" / name.format(shard), [])
+    for shard in ("00/00000000.tar", "65/00000535.tar"):
+        write_shard(tree.parent / "datasets" / "DataCompDR-1B" / shard, [])
+    (tmp_path / "imagenet_validation").mkdir()
+    nodes = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ROLE_RANK": "3"}
+    return environment(None, PYTHON=str(shim), **nodes), tmp_path
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_as_it_stands_a_script_starts_the_published_recipe(tree, machine, script):
+    environ, folder = machine
+    done = run(["bash", tree / "configs" / script], env=environ, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    nodes, samples, epochs, local_batch, more = PUBLISHED[script]
+    given = arguments(done.stdout)
+    for option, values in arguments(f"{COMMON} {more}").items():
+        assert given[option] == values, option
+    assert given["--train-num-samples"] == [str(samples)] and given["--epochs"] == [str(epochs)]
+    assert given["--batch-size"] == [str(local_batch)]
+    assert given["--nnodes"] == [str(nodes)] and given["--nproc-per-node"] == ["8"] and given["--max-restarts"] == ["0"]
+    datasets = tree.parent / "datasets"
+    assert given["--train-data"] == [
+        {
+            "run_datacomp12m.sh": f"{datasets}/DataComp-12M/shards/{{00000000..00001023}}.tar",
+            "run_datacompdr12m.sh": f"{datasets}/DataCompDR-12M/shards/{{00000000..00001023}}.tar",
+            "run_datacompdr1B.sh": f"{datasets}/DataCompDR-1B/"
+            "{{00..64}/{00000000..00000999},65/{00000000..00000535}}.tar",
+        }[script]
+    ]
+    if nodes == 1:
+        assert "--standalone" in given
+    else:
+        assert given["--node-rank"] == ["3"] and given["--rdzv-backend"] == ["c10d"]
+        assert given["--rdzv-endpoint"] == ["127.0.0.1:29500"]
+        timeouts = dict(pair.split("=") for pair in given["--rdzv-conf"][0].split(","))
+        assert timeouts and all(int(seconds) >= 3000 for seconds in timeouts.values())
+        config = given["--dataset-reinforcement-config"][0]
+        assert os.path.samefile(
+            config, tree / "configs" / ("datacompdr12m.json" if "12m" in script else "datacompdr1b.json")
+        )
+
+
+def test_one_gpu_needs_no_rendezvous_and_arguments_are_passed_on(tree, machine):
+    environ, folder = machine
+    for variable in ("MASTER_ADDR", "MASTER_PORT", "ROLE_RANK"):
+        del environ[variable]
+    environ.update(
+        NUM_NODES="1", NUM_GPUS="1", GLOBAL_BATCH="1024", ACCUM_FREQ="4", NAME="mine", IMAGENET_VAL="", REPORT_TO=""
+    )
+    done = run(["bash", tree / "configs" / "run_datacompdr12m.sh", "--lr", "1.e-4", "--debug"], env=environ, cwd=folder)
+    given = arguments(done.stdout)
+    assert "--standalone" in given and "--rdzv-endpoint" not in given
+    assert given["--batch-size"] == ["256"] and given["--accum-freq"] == ["4"] and given["--name"] == ["mine"]
+    assert given["--lr"] == ["1.e-4"] and "--debug" in given  # the last one counts
+    assert "--imagenet-val" not in given and "--report-to" not in given
+
+
+def test_mobileclip_s_models_distill_only_in_the_1b_recipe(tree, machine):
+    environ, folder = machine
+    done = run(
+        ["bash", tree / "configs" / "run_datacompdr1B.sh"], env={**environ, "MODEL": "MobileCLIP-S2"}, cwd=folder
+    )
+    assert arguments(done.stdout)["--distill-loss-weights"] == ["0.0", "1.0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_ADDR": None}, "NUM_NODES=4, but MASTER_ADDR is not set"),
+        ({"ROLE_RANK": None}, "ROLE_RANK is not set"),
+        ({"NUM_GPUS": "16"}, "wants 16 GPUs a node, and this machine has 8"),
+        ({"GLOBAL_BATCH": "100"}, "GLOBAL_BATCH=100 can't be shared out"),
+        ({"IMAGENET_VAL": "nowhere"}, "no folder IMAGENET_VAL=nowhere"),
+        ({"DATASETS": "nowhere"}, "no training shard nowhere/DataCompDR-12M/shards/00000000.tar"),
+        ({"DATASETS": "nowhere"}, "scripts/join_datacompdr12m.sh"),
+        ({"DATA": "other/{0..3}.tar"}, "no training shard other/0.tar"),
+        ({"PYTHON": "/bin/false"}, "has no torch"),
+    ],
+)
+def test_what_is_missing_is_said_before_torchrun_starts(tree, machine, changes, message):
+    environ, folder = machine
+    environ = {name: value for name, value in {**environ, **changes}.items() if value is not None}
+    done = run(["bash", tree / "configs" / "run_datacompdr12m.sh"], env=environ, cwd=folder)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+def test_without_a_patched_tree_the_script_says_how_to_get_one(tmp_path):
+    done = run(["cp", "-r", ROOT / "configs", tmp_path])
+    done = run(["bash", tmp_path / "configs" / "run_datacompdr12m.sh"])
+    assert done.returncode == 1 and "bash scripts/setup_open_clip.sh" in done.stderr
+
+
+def test_plain_training_takes_the_joined_shards_where_there_are_no_others(tree, machine):
+    environ, folder = machine
+    for shard in ("00000000.tar", "00001023.tar"):
+        write_shard(folder / "datasets" / "DataCompDR-12M" / "shards" / shard, [])
+    environ["DATASETS"] = "datasets"
+    done = run(["bash", tree / "configs" / "run_datacomp12m.sh"], env=environ, cwd=folder)
+    assert arguments(done.stdout)["--train-data"] == ["datasets/DataCompDR-12M/shards/{00000000..00001023}.tar"]
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_help_says_what_it_does_and_needs(script):
+    done = run(["bash", ROOT / "configs" / script, "--help"])
+    assert done.returncode == 0 and "Needs:" in done.stdout and "Leaves:" in done.stdout
