@@ -27,14 +27,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import webdataset as wds
 from braceexpand import braceexpand
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import functional as F
 from tqdm import tqdm
-
-import open_clip
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
 from dr import checkpoint

@@ -8,13 +8,12 @@ import json
 import sys
 from types import SimpleNamespace
 
+import open_clip
 import torch
 from training.dr.loss import create_loss
 from training.dr.params import register_model
 from training.params import parse_args
 from training.train import train_one_epoch
-
-import open_clip
 
 BATCH, PARTS, WIDTH = 12, 3, 10
 

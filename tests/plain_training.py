@@ -8,10 +8,9 @@ import json
 import logging
 import sys
 
+import open_clip
 import torch
 from training import data, main, params
-
-import open_clip
 
 # The trainer's sample shuffle is seeded by the clock: without it, what is left is what has to be the same.
 data._SAMPLE_SHUFFLE_SIZE = data._SAMPLE_SHUFFLE_INITIAL = 1
