@@ -25,10 +25,11 @@ STUDENT_ITERATIONS=150
 STUDENT_CHECKPOINTS=10
 BATCH=128
 AUGMENTATIONS=10          # stored for each picture
-WORK=$ROOT/quickstart
+WORK=${WORK:-$ROOT/quickstart}         # what is made goes here
+OPEN_CLIP=${OPEN_CLIP:-$ROOT/open_clip} # the patched tree; made if it is not there
 case ${1:-} in
     --fast) PICTURES=96 SHARDS=4 HELD_OUT=20 TEACHER_ITERATIONS=2 STUDENT_ITERATIONS=4 STUDENT_CHECKPOINTS=2 BATCH=16
-        AUGMENTATIONS=2 WORK=$ROOT/quickstart/fast ;;
+        AUGMENTATIONS=2 WORK=$WORK/fast ;;
     -h | --help) sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;;
     '') ;;
     *) echo "error: found '$1', expected --fast, --help or nothing" >&2; exit 1 ;;
@@ -66,7 +67,7 @@ export OMP_NUM_THREADS=$((cores / processes > 0 ? cores / processes : 1))
 echo "training on $([ "$gpus" -gt 0 ] && echo "$gpus GPUs" || echo "the CPU, $processes processes x $OMP_NUM_THREADS threads")"
 
 # --- 1. OpenCLIP ----------------------------------------------------------------------------------------------------
-step "OpenCLIP" bash scripts/setup_open_clip.sh
+step "OpenCLIP" bash scripts/setup_open_clip.sh --dest "$OPEN_CLIP"
 
 # --- 2. the data: caption shards, image shards, captions by other words, held-out pictures --------------------------
 data=$WORK/datasets
@@ -84,7 +85,7 @@ train() {
     [ ! -f "$LOGS/$name/checkpoints/epoch_$CHECKPOINTS.pt" ] || { echo "$name is trained"; return; }
     local status
     {
-        (cd open_clip && NAME=$name DATA=$shards bash "configs/$script" --resume latest \
+        (cd "$OPEN_CLIP" && NAME=$name DATA=$shards bash "configs/$script" --resume latest \
             --val-data "$data/held_out/00000000.tar" --val-num-samples "$HELD_OUT" "$@") 2>&1 |
             tee "$WORK/$name.log" | grep --line-buffered -oE 'Train Epoch.*|Eval Epoch: [0-9]+ image.*' | cut -c 1-160
         status=${PIPESTATUS[0]}
@@ -116,7 +117,7 @@ cat >"$WORK/reinforce.json" <<JSON
 }
 JSON
 reinforce() {
-    PYTHONPATH=open_clip/src "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+    PYTHONPATH=$OPEN_CLIP/src "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
         scripts/reinforce.py --input "$data/DataComp-12M/shards/$pattern" --output "$data/DataCompDR-12M-noimage" \
         --config "$WORK/reinforce.json" --synthetic-captions "$data/synthetic_captions.jsonl"
 }
