@@ -3,11 +3,11 @@
     python scripts/join_shards.py --source datasets/DataComp-12M --source datasets/DataComp-12M-images \\
         --source datasets/DataCompDR-12M-noimage --output datasets/DataCompDR-12M/shards --workers 8
 
-A sample is the union of its members over the shards of one name, in whatever folders those are: 65 folders
-become 65 folders. Samples are matched by uid, see shard_members.py; members are named `<uid>.<extension>` in the output.
-Order: as in the source that holds reinforcements, else as in the first one; samples unknown there follow at the end.
-Images whose shards have other names or boundaries are an --unaligned-source: an index over them (shard_index.py,
-made by the first run) finds each uid of the others; what else they hold is not looked at.
+A sample is the union of its members over the shards of one name, in whatever folders those are: 65 folders become 65
+folders. Samples are matched by uid, see shard_members.py; members are named `<uid>.<extension>` in the output. Order: as
+in the source that holds reinforcements, else as in the first one; samples unknown there follow at the end. Images whose
+shards have other names or boundaries are an --unaligned-source: an index over them (shard_index.py, made by the first
+run) finds each uid of the others; what else they hold is not looked at.
 
 Order of the sources: captions, images, reinforcements. A member that two sources hold is written once. If the two
 differ, the earlier source's is taken and the other counted by extension: so the captions are those of the caption
@@ -22,8 +22,8 @@ A shard fails, with one line, when a source lacks it, when one of its tars is cu
 left of it, or when it can't be written. The others go on; the exit status is then 1. A damaged unaligned shard is told
 and does without: its samples count as having no image until it is mended, and the exit status is 1 likewise.
 
---embeddings bf16 rewrites float32 `npz` as `pth.gz`, as DataCompDR-12M-bf16 has them and training reads them: NARROW KB
-in the place of 222 for a sample of 36 x 1536 numbers, rounded to nearest even, by at most 0.4 % of each (benchmark_join.py
+--embeddings bf16 rewrites float32 `npz` as `pth.gz`, as DataCompDR-12M-bf16 has them and training reads them: 89 KB in
+the place of 222 for a sample of 36 x 1536 numbers, rounded to nearest even, by at most 0.4 % of each (benchmark_join.py
 measures it, on random ones of unit norm). It decodes every npz: slow, and the only option that needs torch.
 
 Several machines: --task-index and --task-count split the shards; the tasks may share one output folder and need no
@@ -73,7 +73,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr, with --embeddings bf16
 
 VERSION = 2  # of the bytes this script writes; raise it to have old shards joined again
-GZIP_LEVEL = 1  # of bf16 embeddings; 6 and 9 gain nothing on them
+GZIP_LEVEL = 1  # of bf16 embeddings; 9 saves 1 % more (benchmark_join.py)
 COPY_FROM = 64 << 10  # bytes; from this size on a system call without a copy through Python pays
 # what copy_file_range says of files or systems that it doesn't serve
 NOT_COPYABLE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ETXTBSY}

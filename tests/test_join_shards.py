@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import os
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,9 +17,15 @@ from collections import Counter
 from pathlib import Path
 
 import join_shards
+import numpy as np
 import pytest
+import shard_index
+import shard_members
+import torch
 import webdataset
-from shards import read_shard, write_shard
+from shards import read_shard, stored_embeddings, write_shard
+
+from dr.reinforcement import embeddings
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "join_shards.py"
@@ -234,6 +242,210 @@ def test_patterns_and_folders_of_shards(folders):
     assert bytes_of(folders.output) == {name: whole[name] for name in ("00/0.tar", "01/0.tar")}
 
 
+# images of shards that are not aligned with the others
+
+
+def unaligned(folders, name, samples):
+    return write_shard(folders.images.parent / "elsewhere" / name, samples)
+
+
+def join_unaligned(folders, *more, **keywords):
+    elsewhere = folders.images.parent / "elsewhere"
+    sources = (folders.captions, folders.reinforcements)
+    return folders.join("--unaligned-source", elsewhere, *more, sources=sources, **keywords)
+
+
+def index_of(folder):
+    (path,) = folder.glob(".joined/unaligned-*.sqlite")
+    return path
+
+
+def test_images_of_unaligned_shards_join_as_if_they_were_aligned(folders, tmp_path):
+    for name, uids in (("00000000.tar", (A, B)), ("00000001.tar", (C, D))):
+        folders.write(name, uids=uids)
+    folders.join(output=tmp_path / "aligned")
+    unaligned(folders, "x/part-7.tar", [image(1, D), image(2, "e" * 32), image(0, A)])
+    unaligned(folders, "x/part-8.tar", [image(0, C)])
+    with tarfile.open(unaligned(folders, "y.tar", []), "w", format=tarfile.PAX_FORMAT) as tar:
+        for extension, data in image(1, B)[1].items():
+            info, data = member(f"./1.{extension}", data=data, mtime=1.5)
+            tar.addfile(info, io.BytesIO(data))
+    # in this place, so that the images' json comes before the reinforcements'
+    sources = ["--source", folders.captions, "--unaligned-source", tmp_path / "elsewhere"]
+    sources += ["--source", folders.reinforcements, "--output", folders.output]
+    join_shards.main([*map(str, sources), "--workers", "2"])
+    assert len(bytes_of(folders.output)) == 2
+    assert bytes_of(folders.output) == bytes_of(tmp_path / "aligned")
+
+
+def test_unaligned_images_need_no_more_open_files_and_no_different_hashes(folders, tmp_path, monkeypatch):
+    folders.write()
+    for number, uid in enumerate((C, A, D, B)):
+        unaligned(folders, f"{number}.tar", [image(number, uid)])
+    join_unaligned(folders)
+    monkeypatch.setattr(shard_members, "OPEN_FILES", 1)
+    monkeypatch.setattr(shard_index, "number_of", lambda uid: 1)
+    join_unaligned(folders, output=tmp_path / "again")
+    assert list(folders.joined()) == [A, B, C]
+    assert bytes_of(tmp_path / "again") == bytes_of(folders.output)
+
+
+def test_uid_in_two_unaligned_shards_is_left_out_and_failed_downloads_count_as_missing(folders):
+    folders.write()
+    failed = without("jpg", image(1, B, status="failed_to_download"))
+    unaligned(folders, "0.tar", [image(0, A), failed])
+    unaligned(folders, "1.tar", [image(0, A), image(1, C)])
+    assert join_unaligned(folders)["left_out"] == {"a uid twice in one source": 1, "no image": 1}
+    assert list(folders.joined()) == [C]
+
+
+def test_index_is_kept_until_a_shard_changes(folders):
+    folders.write()
+    unaligned(folders, "0.tar", [image(0, A)])
+    assert join_unaligned(folders)["samples"] == 1
+    first = index_of(folders.output).stat()
+    assert join_unaligned(folders)["shards"] == {"already there": 1}
+    assert index_of(folders.output).stat() == first
+    unaligned(folders, "1.tar", [image(0, B)])
+    assert join_unaligned(folders)["shards"] == {"joined": 1}
+    assert list(folders.joined()) == [A, B]
+    index_of(folders.output).write_bytes(b"no index")
+    assert join_unaligned(folders)["samples"] == 2
+    assert not list(folders.output.glob(".joined/.*.partial"))
+
+
+def test_damaged_unaligned_shard_is_told_and_its_samples_come_when_it_is_mended(folders, capsys):
+    folders.write()
+    unaligned(folders, "0.tar", [image(0, A)])
+    os.truncate(unaligned(folders, "1.tar", [image(0, B)]), 9000)
+    for _ in range(2):  # whether the index is new or not
+        with pytest.raises(SystemExit, match="1 unaligned shards can't be read"):
+            join_unaligned(folders)
+        assert "goes without the unaligned 1.tar" in capsys.readouterr().err
+    assert folders.report()["left_out"] == {"no image": 2}
+    unaligned(folders, "1.tar", [image(0, B)])
+    join_unaligned(folders)
+    assert list(folders.joined()) == [A, B]
+
+
+def test_index_can_be_built_beforehand(folders):
+    folders.write()
+    unaligned(folders, "0.tar", [image(0, A)])
+    elsewhere = ("--unaligned-source", folders.images.parent / "elsewhere", "--index-only")
+    join_shards.main(folders.arguments(*elsewhere, sources=(folders.captions, folders.reinforcements)))
+    assert index_of(folders.output).exists() and not bytes_of(folders.output)
+
+
+# several tasks
+
+
+def test_tasks_share_out_the_shards_and_one_folder(folders, tmp_path, monkeypatch):
+    for number in range(5):
+        folders.write(f"{number % 2:02d}/{number:08d}.tar", uids=(A, B, C)[: 1 + number % 3])
+    whole = folders.join(output=tmp_path / "whole")
+    for index in range(2):
+        join_shards.main(folders.arguments("--task-index", index, "--task-count", 3))
+    with pytest.raises(SystemExit, match="no report of report-2-of-3"):
+        join_shards.main(["--output", str(folders.output), "--report"])
+    for name, value in (("ID", "7"), ("MIN", "5"), ("COUNT", "3")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    join_shards.main(folders.arguments())
+    join_shards.main(["--output", str(folders.output), "--report"])
+    assert bytes_of(folders.output) == bytes_of(tmp_path / "whole")
+    merged = folders.report()
+    assert {name: merged[name] for name in ("shards", "samples", "bytes", "failed")} == {
+        name: whole[name] for name in ("shards", "samples", "bytes", "failed")
+    }
+    for folder in ("00", "01"):
+        sizes = (folders.output / folder / "sizes.json").read_text()
+        assert sizes == (tmp_path / "whole" / folder / "sizes.json").read_text()
+
+
+def test_every_shard_belongs_to_one_task():
+    for shards in range(9):
+        for count in range(1, 12):
+            parts = [join_shards.share(list(range(shards)), index, count) for index in range(count)]
+            assert [shard for part in parts for shard in part] == list(range(shards))
+
+
+def test_merged_report_tells_what_failed_in_any_task(folders):
+    for number in range(2):
+        folders.write(f"{number:08d}.tar")
+    (folders.images / "00000001.tar").write_bytes(b"")
+    join_shards.main(folders.arguments("--task-index", 0, "--task-count", 2))
+    with pytest.raises(SystemExit):
+        join_shards.main(folders.arguments("--task-index", 1, "--task-count", 2))
+    with pytest.raises(SystemExit, match="1 of 2 shards failed"):
+        join_shards.main(["--output", str(folders.output), "--report"])
+    assert list(folders.report()["failed"]) == ["00000001.tar"]
+
+
+def test_sizes_lose_no_shard_that_another_task_finishes_meanwhile(folders, monkeypatch):
+    for number in range(2):
+        folders.write(f"{number:08d}.tar")
+    folders.join()
+    late, elsewhere = folders.output / ".joined" / "00000001.tar.json", folders.output / "late"
+    late.rename(elsewhere)
+    publish_json = join_shards.publish_json
+
+    def publish(path, content):
+        if elsewhere.exists():  # the other task finishes after our listing, and writes before us
+            elsewhere.rename(late)
+        publish_json(path, content)
+
+    monkeypatch.setattr(join_shards, "publish_json", publish)
+    join_shards.write_sizes([folders.output])
+    assert json.loads((folders.output / "sizes.json").read_text()) == {"00000000.tar": 3, "00000001.tar": 3}
+
+
+# bf16
+
+
+def test_bf16_embeddings_are_those_of_the_npz_rounded_to_nearest_even(folders, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    stored = {name: torch.randn(rows, 8, generator=generator) for name, rows in (("image_emb", 4), ("text_emb", 6))}
+    stored["image_emb"][0] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-7, 1, -1, 0, 2**-126, 3.0])  # ties
+    uid, members = reinforcement(A)
+    folders.write(uids=(A,), reinforcements=[(uid, {**members, "npz": stored_embeddings(**stored)})])
+    for output in (folders.output, tmp_path / "again"):
+        folders.join("--embeddings", "bf16", output=output)
+    sample = folders.joined()[A]
+    assert "npz" not in sample and {*sample, "npz"} == {*members, "pth.gz", "jpg", "txt", "npz"}
+    read = embeddings({"pth.gz": sample["pth.gz"]})
+    assert {tensor.dtype for tensor in read.values()} == {torch.bfloat16}
+    assert all(read[name].equal(stored[name].bfloat16()) for name in stored)
+    assert read["image_emb"][0, :3].tolist() == [1, 1 + 2**-6, 1 + 2**-7]
+    assert bytes_of(folders.output) == bytes_of(tmp_path / "again")
+    folders.join("--embeddings", "bf16", "--recheck")
+    assert folders.join()["shards"] == {"joined": 1} and "npz" in folders.joined()[A]
+
+
+def test_npz_that_can_not_be_narrowed_costs_its_sample(folders):
+    def npz(**arrays):
+        stream = io.BytesIO()
+        np.savez_compressed(stream, **arrays)
+        return stream.getvalue()
+
+    rows = np.ones((2, 3), np.float32)
+    bad = {
+        A: npz(image_emb=np.array([print], object), text_emb=rows),  # a pickle
+        B: npz(image_emb=np.zeros((5000, 5000), np.float32), text_emb=rows),  # inflates to 100 MB
+        C: b"no npz",
+        D: npz(image_emb=rows, text_emb=rows),
+    }
+    samples = [(uid, {**reinforcement(uid)[1], "npz": data}) for uid, data in bad.items()]
+    folders.write(uids=tuple(bad), reinforcements=samples)
+    assert folders.join("--embeddings", "bf16")["left_out"] == {"unreadable npz": 2, "oversized npz": 1}
+    assert list(folders.joined()) == [D]
+
+
+def test_torch_is_not_imported_without_bf16(folders):
+    folders.write()
+    code = "import sys, join_shards\njoin_shards.main(sys.argv[1:])\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    subprocess.run([sys.executable, "-c", code, *folders.arguments()], env=environment, check=True, capture_output=True)
+
+
 # never a wrong result
 
 
@@ -349,6 +561,52 @@ def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tm
     assert report["shards"]["already there"] >= 3
     assert bytes_of(folders.output) == whole and partials(folders.output) == []
     assert (folders.output / "sizes.json").read_text() == (tmp_path / "undisturbed" / "sizes.json").read_text()
+
+
+def test_recheck_finds_a_flipped_byte_and_joins_that_shard_again(folders, capsys):
+    for number in range(2):
+        folders.write(f"{number:08d}.tar")
+    folders.join()
+    whole, shard = bytes_of(folders.output), folders.output / "00000001.tar"
+    overwrite(shard, len(whole["00000001.tar"]) // 2, b"\x01")
+    assert folders.join()["shards"] == {"already there": 2}  # the size alone doesn't tell
+    assert folders.join("--recheck")["shards"] == {"already there": 1, "joined": 1}
+    assert "00000001.tar: joined again, it was damaged: differs" in capsys.readouterr().err
+    assert bytes_of(folders.output) == whole
+
+
+def test_recheck_without_sources_tells_a_whole_tar_from_a_broken_one(folders):
+    for number in range(2):
+        folders.write(f"{number:08d}.tar")
+    folders.join()
+    for name in ("00000000.tar", "00000001.tar"):
+        (folders.images / name).unlink()
+    assert folders.join("--recheck")["shards"] == {"already there": 2}
+    overwrite(folders.output / "00000001.tar", second_member(folders.output / "00000001.tar"), b"rubbish" * 70)
+    failed = folders.join_failing("--recheck")["failed"]
+    assert list(failed) == ["00000001.tar"] and "damaged" in failed["00000001.tar"]
+
+
+def test_memory_does_not_grow_with_a_member(folders):
+    folders.write()
+    path = folders.reinforcements / "00000000.tar"
+    with tarfile.open(path, "w") as tar, open("/dev/zero", "rb") as zeros:
+        for uid in (A, B, C):
+            for extension, data in reinforcement(uid)[1].items():
+                info = tarfile.TarInfo(f"{uid}.{extension}")
+                info.size = 300_000_000 if uid == B and extension == "npz" else len(data)
+                tar.addfile(info, zeros if uid == B and extension == "npz" else io.BytesIO(data))
+    code = (
+        "import os, sys, join_shards\n"
+        "del os.copy_file_range\n"
+        "join_shards.main(sys.argv[1:])\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    command = [sys.executable, "-c", code, *folders.arguments()]
+    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert folders.report()["bytes"] > 300_000_000
+    assert int(run.stdout.splitlines()[-1]) < 100_000  # KB
 
 
 # bad input
@@ -494,6 +752,36 @@ def test_full_disk_fails_the_shard_and_leaves_nothing(folders, monkeypatch):
     assert list(bytes_of(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
 
 
+def test_file_size_limit_fails_the_large_shard_and_leaves_nothing(folders):
+    folders.write("00000000.tar", uids=[f"{number:032x}" for number in range(30)])
+    folders.write("00000001.tar")
+    command = [sys.executable, str(SCRIPT), *folders.arguments()]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+    run = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("failed: ") == 1 and "00000000.tar: failed: " in run.stderr
+    assert "Traceback" not in run.stderr
+    assert list(bytes_of(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
+
+
+def test_full_file_system_fails_what_does_not_fit_and_leaves_nothing_half(folders):
+    """On a tmpfs of 2 MB, where this user may mount one."""
+    folders.write("00000000.tar", uids=[f"{number:032x}" for number in range(30)])
+    folders.write("00000001.tar")
+    folders.output.mkdir()
+    mount = f"mount -t tmpfs -o size=2m tmpfs {folders.output}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no mounting here")
+    join = shlex.join([sys.executable, str(SCRIPT), *folders.arguments()])
+    shell = f"{mount} && {join}; echo status $?; ls -A {folders.output}"
+    run = subprocess.run(["unshare", "-rm", "sh", "-c", shell], capture_output=True, text=True)
+    assert "00000000.tar: failed: [Errno 28] No space left on device" in run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[lines.index("status 1") + 1 :] == [".joined", "00000001.tar", "join_report.json", "sizes.json"]
+
+
 def test_shard_with_nothing_left_fails(folders):
     folders.write("00000000.tar")
     folders.write("00000001.tar", images=[image(0, A, status="failed_to_download")])
@@ -524,6 +812,10 @@ def test_forgotten_source_is_an_error_that_says_what_gets_it(folders, forgotten,
         (["--shards", "{0..3.tar"], "no brace pattern"),
         (["--require", "video"], None),
         (["--workers", "0"], None),
+        (["--task-index", "2", "--task-count", "2"], None),
+        (["--task-index", "1"], None),
+        (["--unaligned-source", "nowhere"], "no such folder"),
+        (["--embeddings", "fp8"], None),
     ],
 )
 def test_wrong_options_are_refused(folders, more, message, monkeypatch):
@@ -559,17 +851,17 @@ def test_interrupted_run_ends_its_workers_and_says_what_to_do(folders):
 # the shell face
 
 
-def run_face(folders, *arguments, **variables):
+def run_face(folders, *arguments, face=("scripts/join_datacompdr12m.sh",), size="12M", **variables):
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
-        "DATACOMP12M_PATH": str(folders.captions),
-        "DATACOMP12M_IMAGES_PATH": str(folders.images),
-        "DATACOMPDR12M_NOIMG_PATH": str(folders.reinforcements),
-        "DATACOMPDR12M_PATH": str(folders.output),
+        f"DATACOMP{size}_PATH": str(folders.captions),
+        f"DATACOMP{size}_IMAGES_PATH": str(folders.images),
+        f"DATACOMPDR{size}_NOIMG_PATH": str(folders.reinforcements),
+        f"DATACOMPDR{size}_PATH": str(folders.output),
         **variables,
     }
-    command = ["bash", str(ROOT / "scripts" / "join_datacompdr12m.sh"), *arguments]
+    command = ["bash", str(ROOT / face[0]), *face[1:], *arguments]
     return subprocess.run(command, env=environment, cwd=folders.images.parent, capture_output=True, text=True)
 
 
@@ -598,3 +890,47 @@ def test_shell_face_tells_its_exit_status_and_help(folders):
     assert run_face(folders).returncode == 1
     told = run_face(folders, "--help")
     assert told.returncode == 0 and "DATACOMP12M_IMAGES_PATH" in told.stdout and "--verify-hash" in told.stdout
+
+
+def test_shell_face_of_1b_mirrors_the_folders(folders):
+    for name in ("00/00000000.tar", "00/00000001.tar", "65/00000000.tar"):
+        folders.write(name)
+    run = run_face(folders, face=("scripts/join_datacompdr1b.sh",), size="1B")
+    assert run.returncode == 0, run.stderr
+    assert list(bytes_of(folders.output)) == ["00/00000000.tar", "00/00000001.tar", "65/00000000.tar"]
+    assert json.loads((folders.output / "65" / "sizes.json").read_text()) == {"00000000.tar": 3}
+
+
+def test_shell_face_joins_unaligned_images_that_bring_the_captions(folders):
+    folders.write("00/00000000.tar")
+    (folders.images / "00" / "00000000.tar").rename(folders.images / "other.tar")
+    face = {"face": ("scripts/join_datacompdr1b.sh",), "size": "1B"}
+    run = run_face(folders, **face, DATACOMP1B_PATH="", IMAGES_UNALIGNED="1")
+    assert run.returncode == 0, run.stderr
+    assert folders.joined("00/00000000.tar")[A]["txt"] == image(0, A)[1]["txt"]
+
+
+def test_slurm_array_joins_all_and_its_report_says_so(folders):
+    for number in range(4):
+        folders.write(f"{number:08d}.tar")
+    face = ("scripts/join_slurm.sh", "scripts/join_datacompdr12m.sh")
+    for task in "12":
+        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+        run = run_face(folders, face=face, **array, SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="1")
+        assert run.returncode == 0, run.stderr
+    assert run_face(folders, "--report").returncode == 0
+    assert folders.report()["shards"] == {"joined": 4} and folders.report()["tasks"] == 2
+
+
+# the benchmark
+
+
+def test_benchmark_prints_its_table_and_leaves_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_join.py"), "--folder", str(tmp_path)]
+    run = subprocess.run([*command, "--samples", "5", "--runs", "1"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for way in ("| 1 | cat |", "| 2 | unpack and pack |", "| 2 | join |", "largest rounding error"):
+        assert way in run.stdout
+    assert list(tmp_path.iterdir()) == []
+    run = subprocess.run([*command, "--samples", "1000000000000"], capture_output=True, text=True)
+    assert run.returncode == 1 and "GB free" in run.stderr
