@@ -2,9 +2,9 @@
 
     python scripts/benchmark_join.py [--samples 5000] [--runs 3] [--folder DIR]
 
-Makes two shards each of images with captions and of reinforcements, of random bytes in real proportions: a sample has an
-image of 60 KB, an npz of 221 KB and five small members. Then, by turns, with one process for both shards and with two
-processes for one each:
+Makes two shards each of images with captions and of reinforcements, of random bytes in real proportions: a sample has
+an image of 60 KB, an npz of 221 KB and five small members. Then, by turns, with one process for both shards and with
+two processes for one each:
 
     cat                 each pair of source shards into one file
     unpack and pack     each pair into a folder with tar, and that into a tar, samples together; the folder's removal
@@ -13,7 +13,8 @@ processes for one each:
 
 and prints a table: time, in seconds until the command ends and until its bytes are on disk too (sync), median of the
 runs; the largest process's peak of memory (at least this one's, 16 MB); times as long as cat. The sources are in the
-page cache, as far as it holds them. Last, what --embeddings bf16 makes of random embeddings of unit norm: size, and rounding error.
+page cache, as far as it holds them. Last, what --embeddings bf16 makes of random embeddings of unit norm: size, and
+rounding error.
 
 Needs about 5 times the sources' size (14 GB at 5,000 samples) in a temporary folder, which is removed at the end.
 """

@@ -4,10 +4,10 @@
         --source datasets/DataCompDR-12M-noimage --output datasets/DataCompDR-12M/shards --workers 8
 
 A sample is the union of its members over the shards of one name, in whatever folders those are: 65 folders become 65
-folders. Samples are matched by uid, see shard_members.py; members are named `<uid>.<extension>` in the output. Order: as
-in the source that holds reinforcements, else as in the first one; samples unknown there follow at the end. Images whose
-shards have other names or boundaries are an --unaligned-source: an index over them (shard_index.py, made by the first
-run) finds each uid of the others; what else they hold is not looked at.
+folders. Samples are matched by uid, see shard_members.py; members are named `<uid>.<extension>` in the output. Order:
+as in the source that holds reinforcements, else as in the first one; samples unknown there follow at the end. Images
+whose shards have other names or boundaries are an --unaligned-source: an index over them (shard_index.py, made by the
+first run) finds each uid of the others; what else they hold is not looked at.
 
 Order of the sources: captions, images, reinforcements. A member that two sources hold is written once. If the two
 differ, the earlier source's is taken and the other counted by extension: so the captions are those of the caption
