@@ -75,6 +75,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the recipe's root, 
 VERSION = 2  # of the bytes this script writes; raise it to have old shards joined again
 GZIP_LEVEL = 1  # of bf16 embeddings; 9 saves 1 % more (benchmark_join.py)
 COPY_FROM = 64 << 10  # bytes; from this size on a system call without a copy through Python pays
+WRITE_BACK = 16 << 20  # bytes after which the disk is to begin with them
 # what copy_file_range says of files or systems that it doesn't serve
 NOT_COPYABLE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 
@@ -252,18 +253,38 @@ def copy(span, out):
         out.write(data)
 
 
+def begin_writing_back(out, start, end):
+    """Have the disk write what has been written so far while the next samples are read, and not at the end only."""
+    if hasattr(os, "posix_fadvise") and not isinstance(out, Comparison):
+        out.flush()
+        os.posix_fadvise(out.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
+
+
+EMPTY = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # a header: time and owner 0, mode 0644
+EMPTY_SUM = int(EMPTY[148:154], 8) - sum(EMPTY[124:135])
+
+
+def header(name, size):
+    """As tarfile makes it, in a fifth of the time."""
+    name, digits = name.encode("utf-8", "surrogateescape"), b"%011o" % size
+    checksum = b"%06o" % (EMPTY_SUM + sum(name) + sum(digits))
+    return b"".join((name.ljust(100, b"\0"), EMPTY[100:124], digits, EMPTY[135:148], checksum, EMPTY[154:]))
+
+
 def write_tar(out, samples):
     """Write samples, every member of one after the other, and return how many; nothing in it depends on the clock."""
-    written = length = 0
+    written = length = begun = 0
     for uid, members in samples:
         for extension, content in members.items():
-            info = tarfile.TarInfo(f"{uid}.{extension}")  # time and owner 0, mode 0644
-            info.size = len(content) if isinstance(content, bytes) else content.size
-            out.write(info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
+            size = len(content) if isinstance(content, bytes) else content.size
+            out.write(header(f"{uid}.{extension}", size))
             out.write(content) if isinstance(content, bytes) else copy(content, out)
-            out.write(bytes(-info.size % tarfile.BLOCKSIZE))
-            length += tarfile.BLOCKSIZE + info.size + -info.size % tarfile.BLOCKSIZE
+            out.write(bytes(-size % tarfile.BLOCKSIZE))
+            length += tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
         written += 1
+        if length - begun >= WRITE_BACK:
+            begin_writing_back(out, begun, length)
+            begun = length
     end = 2 * tarfile.BLOCKSIZE
     out.write(bytes(end + -(length + end) % tarfile.RECORDSIZE))
     return written
@@ -574,13 +595,9 @@ def open_sources(args):
     return sources
 
 
-def join_all(names, sources, args):
-    """Join the shards, telling about it; the report."""
-    start, report, done = time.monotonic(), new_report(), 0
-    for source in sources:
-        for shard, fault in source.faults().items() if isinstance(source, UnalignedSource) else ():
-            report["unusable"][str(source.folder / shard)] = fault
-            print(f"goes without the unaligned {shard}: {fault}", file=sys.stderr)
+def join_all(names, sources, args, report):
+    """Join the shards, telling about it; adds to the report."""
+    start = time.monotonic()
     settings = {
         "version": VERSION,
         "require": args.require,
@@ -611,7 +628,6 @@ def join_all(names, sources, args):
             bar.set_postfix_str(f"{done} of {len(names)} shards")
     report["seconds"] = round(time.monotonic() - start, 2)
     report["failed"] = dict(sorted(report["failed"].items()))
-    return report
 
 
 def main(arguments=None):
@@ -624,7 +640,13 @@ def main(arguments=None):
         return
 
     sources = open_sources(args)
+    report = new_report()
+    for source in sources:
+        for shard, fault in source.faults().items() if isinstance(source, UnalignedSource) else ():
+            report["unusable"][str(source.folder / shard)] = fault
+            print(f"goes without the unaligned {shard}: {fault}", file=sys.stderr)
     if args.index_only:
+        conclude(report)
         return
     aligned = [source for source in sources if isinstance(source, Source)]
     names = expand(args.shards) if args.shards else aligned[-1].shards()
@@ -640,7 +662,7 @@ def main(arguments=None):
     reported.parent.mkdir(exist_ok=True)
     reported.unlink(missing_ok=True)  # that of an earlier run
     names = share(names, args.task_index, args.task_count)
-    report = join_all(names, sources, args)
+    join_all(names, sources, args, report)
     print(table(report))
     write_sizes({(args.output / name).parent for name in names})
     publish_json(reported, {"arguments": vars(args), **report})

@@ -473,6 +473,18 @@ def test_header_is_plain_ustar(folders):
         assert {(m.type, m.mode, m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(b"0", 0o644, 0, 0, 0, "")}
 
 
+@pytest.mark.parametrize("size", [0, 1, 60_000, 8**11 - 1])
+@pytest.mark.parametrize("name", ["a.txt", f"{A}.syn.json", "n" * 96 + ".jpg", "größe.txt", "\udcff.txt"])
+def test_headers_are_written_and_read_as_tarfile_does(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    made = join_shards.header(name, size)
+    assert made == info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
+    assert shard_members.plain_member(made) == (name, size)
+    for at in (3, 130, 150, 400):  # any bit that flips shows in the checksum
+        assert shard_members.plain_member(made[:at] + bytes([made[at] ^ 1]) + made[at + 1 :]) is None
+
+
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs tar")
 def test_tar_reads_the_output(folders, tmp_path):
     folders.write()
