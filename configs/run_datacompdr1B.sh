@@ -35,7 +35,7 @@ esac
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 [ -n "${DATA:-}" ] || DATA="$DATASETS/DataCompDR-1B/{{00..64}/{00000000..00000999},65/{00000000..00000535}}.tar"
-require_shards "$DATA" DATA "python scripts/join_shards.py brings them: it joins captions, images and reinforcements."
+require_shards "$DATA" DATA "bash scripts/join_datacompdr1b.sh brings them: it joins captions, images and reinforcements."
 # shellcheck disable=SC2206  # the settings with several numbers are split on purpose
 RECIPE=(
     --dataset-reinforcement --dataset-reinforcement-config "$REINFORCEMENT_CONFIG"

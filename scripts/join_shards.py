@@ -44,6 +44,7 @@ Leaves undone: decoding. That an image or an npz can be read is not looked at (b
 """
 
 import argparse
+import contextlib
 import errno
 import functools
 import glob
@@ -186,9 +187,8 @@ def union(sources, settings, counts):
         missing = [part for part in settings["require"] if part not in parts_of(members.keys())]
         unlike = changed(uid, sources) if settings["verify_hash"] and not missing else False
         if refused or missing or unlike:
-            leave_out(
-                uid, refused or ("no " + ", no ".join(missing) if missing else "a changed image (sha256)"), counts
-            )
+            lack = "no " + ", no ".join(missing) if missing else None
+            leave_out(uid, refused or lack or "a changed image (sha256)", counts)
             continue
         counts["unverified"] += unlike is None
         for sample in held:
@@ -257,7 +257,8 @@ def begin_writing_back(out, start, end):
     """Have the disk write what has been written so far while the next samples are read, and not at the end only."""
     if hasattr(os, "posix_fadvise") and not isinstance(out, Comparison):
         out.flush()
-        os.posix_fadvise(out.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # advice only
+            os.posix_fadvise(out.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 EMPTY = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # a header: time and owner 0, mode 0644
@@ -590,8 +591,7 @@ def open_sources(args):
 
     for position, (_, kind) in enumerate(args.sources):
         if kind == "unaligned":
-            folder, names = sources[position].folder, sources[position].shards()
-            sources[position] = UnalignedSource.open(folder, names, args.output, scan_all)
+            sources[position] = UnalignedSource.open(sources[position], args.output, scan_all)
     return sources
 
 

@@ -1,9 +1,9 @@
 """An index over image shards that are not aligned with the others: which shard holds a uid, and from where to where.
 
-One SQLite file for a folder of shards, built once: every header and every `<key>.json` is read, by several processes,
-and a sample takes 28 bytes on disk (measured; 360 MB for the 12.8 M of DataComp-12M, 36 GB for DataComp-1B, and twice
-that while it is built). Memory does not grow with it, neither when it is built nor when it is asked. It is built anew
-when a shard has come, gone, or changed in size or time.
+One SQLite file for a folder of shards, built once: every header and every `<key>.json` is read, by several processes.
+A sample takes 30 bytes on disk (measured; 380 MB for the 12.8 M of DataComp-12M, 38 GB for DataComp-1B, and up to three
+times that while it is built). Memory does not grow with it, neither when it is built nor when it is asked. It is built
+anew when a shard has come, gone, or changed in size or time.
 
 Several runs may share the file: each writes its own, and the last complete one stays.
 """
@@ -74,10 +74,11 @@ def build(path, shards, scanned):
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    finally:
-        database.close()
         for leftover in path.parent.glob(f".{path.name}.*.partial"):  # of runs that were killed, or are too late
             leftover.unlink(missing_ok=True)
+    finally:
+        database.close()
+        partial.unlink(missing_ok=True)
 
 
 class UnalignedSource(NamedTuple):
@@ -85,17 +86,17 @@ class UnalignedSource(NamedTuple):
 
     folder: Path
     index: Path
-    stamp_: str  # of the shards' names and sizes
+    state: str  # hash of the shards' names, sizes and faults
 
     @classmethod
-    def open(cls, folder, names, output, scan_all):
-        """Have an index that is up to date; ``scan_all(function, items)`` yields the function's results."""
-        shards = listing(folder, names)
+    def open(cls, source, output, scan_all):
+        """A ``Source`` with an up-to-date index; ``scan_all(function, items)`` yields the function's results."""
+        folder, shards = source.folder, listing(source.folder, source.shards())
         if not shards:
             raise SystemExit(f"no shards (*.tar) in {folder}, an --unaligned-source")
-        place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-        stamp = hashlib.sha256(repr([shard[1:3] for shard in shards]).encode()).hexdigest()[:32]
-        source = cls(folder, output / ".joined" / f"unaligned-{place}.sqlite", stamp)
+        which = [str(folder.resolve()), sorted(source.names or ())]
+        place = hashlib.sha256(repr(which).encode()).hexdigest()[:16]
+        source = cls(folder, output / ".joined" / f"unaligned-{place}.sqlite", "")
         if not source.is_fresh(shards):
             paths = [(number, str(folder / name)) for number, name, *_ in shards]
             try:
@@ -103,7 +104,8 @@ class UnalignedSource(NamedTuple):
             except (sqlite3.Error, FileNotFoundError) as error:
                 if not source.is_fresh(shards):  # it is when another run was faster, which then takes ours away
                     raise SystemExit(f"{source.index} can't be written: {error}") from error
-        return source
+        state = [[name, size] for _, name, size, _ in shards], source.faults()
+        return source._replace(state=hashlib.sha256(repr(state).encode()).hexdigest()[:32])
 
     def ask(self):
         # immutable: no locks, which network file systems are bad at; the file is only ever replaced as a whole
@@ -125,7 +127,7 @@ class UnalignedSource(NamedTuple):
 
     def stamp(self, name):
         """What a joined shard's record says of this source; None: it isn't there any more."""
-        return self.stamp_ if self.folder.is_dir() else None
+        return self.state if self.folder.is_dir() else None
 
     def example(self, name):
         """A shard by which to tell what the source holds."""

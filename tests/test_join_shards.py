@@ -317,7 +317,8 @@ def test_index_is_kept_until_a_shard_changes(folders):
 def test_damaged_unaligned_shard_is_told_and_its_samples_come_when_it_is_mended(folders, capsys):
     folders.write()
     unaligned(folders, "0.tar", [image(0, A)])
-    os.truncate(unaligned(folders, "1.tar", [image(0, B)]), 9000)
+    shard = unaligned(folders, "1.tar", [image(0, B)])
+    overwrite(shard, second_member(shard), b"rubbish" * 70)  # of the same size
     for _ in range(2):  # whether the index is new or not
         with pytest.raises(SystemExit, match="1 unaligned shards can't be read"):
             join_unaligned(folders)
@@ -326,6 +327,17 @@ def test_damaged_unaligned_shard_is_told_and_its_samples_come_when_it_is_mended(
     unaligned(folders, "1.tar", [image(0, B)])
     join_unaligned(folders)
     assert list(folders.joined()) == [A, B]
+
+
+def test_two_patterns_of_one_folder_are_two_unaligned_sources(folders):
+    folders.write()
+    for number, uid in enumerate((A, B, C)):
+        unaligned(folders, f"{number}.tar", [image(number, uid)])
+    elsewhere = folders.images.parent / "elsewhere"
+    patterns = [f"{elsewhere}/{{0,1}}.tar", f"{elsewhere}/{{2..2}}.tar"]
+    options = [option for pattern in patterns for option in ("--unaligned-source", pattern)]
+    folders.join(*options, sources=(folders.captions, folders.reinforcements))
+    assert list(folders.joined()) == [A, B, C]
 
 
 def test_index_can_be_built_beforehand(folders):
