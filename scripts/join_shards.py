@@ -40,6 +40,8 @@ A shard gets its name when it is complete and on disk; a run that was killed is 
 --recheck reads finished shards through: every byte is compared with what the sources give, or, where a source is gone,
 the tar must be whole and hold as many samples as it should. What is damaged is joined again.
 
+A process takes 20 MB, and 4 KB for each sample of a shard, however long its members are.
+
 Leaves undone: decoding. That an image or an npz can be read is not looked at (but for --embeddings bf16).
 """
 
@@ -607,7 +609,8 @@ def join_all(names, sources, args, report):
     join = functools.partial(join_shard, sources=sources, output=args.output, settings=settings, recheck=args.recheck)
     aligned = [source for source in sources if isinstance(source, Source)]
     size = {name: sum(source.stamp(name) or 0 for source in aligned) for name in names}
-    with tqdm(total=sum(size.values()), unit="B", unit_scale=True, smoothing=0) as bar:
+    task = f"task {args.task_index} of {args.task_count}" if args.task_count > 1 else None
+    with tqdm(total=sum(size.values()), desc=task, unit="B", unit_scale=True, smoothing=0) as bar:
         for done, result in enumerate(run_all(join, names, args.workers), 1):
             name, state = result["shard"], result["state"]
             add(report, {**result, "shards": {state: 1}})
