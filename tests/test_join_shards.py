@@ -310,6 +310,9 @@ def test_index_is_kept_until_a_shard_changes(folders):
     assert join_unaligned(folders)["shards"] == {"joined": 1}
     assert list(folders.joined()) == [A, B]
     index_of(folders.output).write_bytes(b"no index")
+    index_of(folders.output).with_name(
+        f".{index_of(folders.output).name}.elsewhere-1.partial"
+    ).touch()  # of a killed run
     assert join_unaligned(folders)["samples"] == 2
     assert not list(folders.output.glob(".joined/.*.partial"))
 
