@@ -12,7 +12,7 @@ two processes for one each:
     join                scripts/join_shards.py
 
 and prints a table: time, in seconds until the command ends and until its bytes are on disk too (sync), median of the
-runs; the largest process's peak of memory (at least this one's, 16 MB); times as long as cat. The sources are in the
+runs; the largest process's peak of memory (at least this one's, 20 MB); times as long as cat. The sources are in the
 page cache, as far as it holds them. Last, what --embeddings bf16 makes of random embeddings of unit norm: size, and
 rounding error.
 
