@@ -33,7 +33,7 @@ Leaves in the output folder
     <shard>.tar         plain ustar; the same sources give the same bytes, whatever the number of workers and tasks
     sizes.json          {shard: samples}, in each folder of shards, as OpenCLIP's loader reads it
     join_report.json    counts by reason, bytes, time; of several tasks only with --report
-    .joined/            from what each shard was made: a second run redoes only shards whose sources (by size) or
+    .joined/            from what each shard was made: a second run redoes only shards whose sources (size, time) or
                         settings have changed. Sources deleted since then don't matter. Also the tasks' reports, and the
                         index of unaligned sources.
 A shard gets its name when it is complete and on disk; a run that was killed is run again, with the same result.
@@ -125,9 +125,9 @@ class Source(NamedTuple):
     example = path  # a shard by which to tell what the source holds
 
     def stamp(self, name):
-        """What a joined shard's record says of this source: the size; None: it isn't there (any more)."""
+        """What a joined shard's record says of this source: size and time; None: it isn't there (any more)."""
         path = self.folder / name
-        return path.stat().st_size if path.is_file() else None
+        return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
 
     def contents(self, name):
         with open(str(self.path(name)), "rb", buffering=HEADER_BUFFER) as file:

@@ -540,6 +540,11 @@ def test_finished_shards_are_skipped_and_changed_ones_redone(folders):
         file.write(b"x")
     assert folders.join()["shards"] == {"already there": 1, "joined": 1}
 
+    with open(folders.images / "00000001.tar", "r+b") as file:  # another picture of the same size
+        file.seek(600)
+        file.write(b"x")
+    assert folders.join()["shards"] == {"already there": 1, "joined": 1}
+
 
 def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tmp_path):
     uids = [f"{number:032x}" for number in range(60)]
