@@ -138,7 +138,8 @@ def test_zero_shot_evaluation_runs_on_one_of_several_processes(tree, shards, tmp
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
     options = {
         "--train-data": shards, "--train-num-samples": 32, "--epochs": 2, "--batch-size": 8, "--workers": 1,
-        "--warmup": 1, "--model": MODEL, "--precision": "fp32", "--dist-backend": "gloo", "--imagenet-val": tmp_path / "imagenet",
+        "--warmup": 1, "--model": MODEL, "--precision": "fp32", "--dist-backend": "gloo",
+        "--imagenet-val": tmp_path / "imagenet",
         "--zeroshot-frequency": 1, "--logs": tmp_path, "--name": "run",
     }  # fmt: skip
     arguments = [word for option in options.items() for word in option]
