@@ -20,8 +20,8 @@ cd "$ROOT"
 PICTURES=                 # training pictures; empty: all, about 3,300
 SHARDS=8
 HELD_OUT=400
-TEACHER_ITERATIONS=750    # x BATCH = samples seen
-STUDENT_ITERATIONS=130
+TEACHER_ITERATIONS=660    # x BATCH = samples seen
+STUDENT_ITERATIONS=210
 STUDENT_CHECKPOINTS=10
 BATCH=128
 AUGMENTATIONS=10          # stored for each picture
