@@ -95,6 +95,12 @@ launch() { # launch [TRAINER ARGUMENT …]
         )
     fi
 
+    case " $* ${RECIPE[*]} " in
+        *" --resume "*) ;;
+        *) [ ! -e "$LOGS/$NAME/out.log" ] || fail "there is a run $LOGS/$NAME already: go on with it (--resume latest)," \
+            "or give this one another NAME" ;;
+    esac
+
     local world=$((NUM_NODES * processes))
     [ $((GLOBAL_BATCH % (world * ACCUM_FREQ))) -eq 0 ] ||
         fail "GLOBAL_BATCH=$GLOBAL_BATCH can't be shared out over $NUM_NODES nodes x $processes processes" \

@@ -27,43 +27,51 @@ from .reinforcement import IMAGE_MEMBERS, PLAIN_MEMBERS, REINFORCED_MEMBERS, Bad
 from .transforms import compose_from_config
 
 # A worker gives up after all of its shards, or this many, and a shuffle buffer's worth of samples beyond, when not one
-# sample of them could be used.
-SHARDS_WITHOUT_A_USABLE_SAMPLE = 100
+# sample of them could be used. DataComp-12M has 12,500 samples in a shard.
+SHARDS_WITHOUT_A_USABLE_SAMPLE = 10
 SHUFFLE_BUFFER = 5000  # OpenCLIP's _SAMPLE_SHUFFLE_SIZE
 WARNINGS_OF_A_KIND = 5  # then the 10th, the 100th, …
 
 
 class UsableSamples:
-    """What one worker has opened, read, skipped and used since its pass over the shards began."""
+    """What one worker has opened, read, skipped and used.
+
+    A worker that has used one sample may go on for ever where shards are drawn with replacement; where it goes over its
+    shards in passes, each pass has to hold one.
+    """
 
     def __init__(self, num_shards: int, members: dict[str, tuple[str, ...]]):
         self.limit = min(num_shards, SHARDS_WITHOUT_A_USABLE_SAMPLE)
         self.members = members
-        self.skipped: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()  # by reason, since the worker started
+        self.used_ever = self.drawn_ever = False
         self._start()
 
     def _start(self) -> None:
-        self.opened = self.read = self.used = self.read_in_limit = 0
+        self.opened: set[str] = set()
+        self.read = self.used = 0  # samples in this pass
+        self.enough: int | None = None  # samples read after which the worker gives up
         self.reasons: Counter[str] = Counter()
 
     def shards(self, src: Iterable) -> Iterator:
         """A stage over the shards that the tar reader is about to open."""
         self._start()
         for shard in src:
-            if self.opened == self.limit:
-                self.read_in_limit = self.read
-            if self.opened >= self.limit and not self.used:
-                self._give_up_after(self.read_in_limit + SHUFFLE_BUFFER if self.read else 0)
-            self.opened += 1
+            if len(self.opened) >= self.limit and not self.used_ever:
+                self.enough = self.enough or self.read + SHUFFLE_BUFFER
+                if not self.read or self.read >= self.enough:
+                    self._give_up()
+            self.opened.add(shard["url"])
             yield shard
 
     def count_used(self, src: Iterable) -> Iterator:
         """A stage over the samples that are about to be batched."""
         for sample in src:
             self.used += 1
+            self.used_ever = True
             yield sample
         if not self.used:  # the end of a pass, where shards are not drawn for ever
-            self._give_up_after(0)
+            self._give_up()
 
     def skip(self, sample: dict, error: BadSample) -> None:
         """Count a sample that is left out, and say so."""
@@ -76,15 +84,13 @@ class UsableSamples:
                 f"(number {count} for this reason in this worker)"
             )
 
-    def _give_up_after(self, read: int) -> None:
-        if self.read < read:
-            return
+    def _give_up(self) -> None:
         worker = get_worker_info()
         needs = "; ".join(f"{name} ({' or '.join(extensions)})" for name, extensions in self.members.items())
         found = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(8))
         raise RuntimeError(
-            f"worker {worker.id if worker else 0} went through {self.opened} shards and {self.read} samples, and not "
-            f"one sample can be used. Found: {found or 'no readable sample in the shards, see warnings above'}. "
+            f"worker {worker.id if worker else 0} went through {len(self.opened)} shards and {self.read} samples, and "
+            f"not one sample can be used. Found: {found or 'no readable sample in the shards, see warnings above'}. "
             f"Training needs in each sample: {needs}. Joined shards come from scripts/join_datacompdr12m.sh."
         )
 
@@ -129,19 +135,18 @@ def student_augmentation(config: dict, preprocess: Callable, interpolation: str 
 
 def draw_reinforcements(samples, compose, width, mix_ratio, src: Iterable[dict]) -> Iterator[dict]:
     """Choose an augmentation, captions and their embeddings for each sample; see ``reinforcement.draw``."""
-    drawn_one = False
     for sample in src:
         samples.read += 1
         try:
             drawn = draw(sample, compose, random, mix_ratio, width)  # torch seeds `random` for each rank and worker
         except BadSample as error:
-            if error.reason == "embedding width" and not drawn_one:
+            if error.reason == "embedding width" and not samples.drawn_ever:
                 raise ValueError(
                     f"{sample.get('__key__')} of {sample.get('__url__')}: {error} by --distill-teacher-dimension"
                 ) from error
             samples.skip(sample, error)
             continue
-        drawn_one = True
+        samples.drawn_ever = True
         yield drawn
 
 
@@ -159,10 +164,14 @@ def apply_reinforcements(samples, compose, tokenizer, src: Iterable[dict]) -> It
                 image, _ = compose.reapply(img, sample["params"])
             except ValueError as error:
                 raise BadSample("augmentation parameters", error) from error
+            try:
+                texts = tokenizer(sample["captions"])
+            except Exception as error:  # tokenizers raise what they like
+                raise BadSample("captions that can't be tokenised", repr(error)) from error
         except BadSample as error:
             samples.skip(sample, error)
             continue
-        yield image, tokenizer(sample["captions"]), sample["image_emb"], sample["text_emb"]
+        yield image, texts, sample["image_emb"], sample["text_emb"]
 
 
 def training_stages(

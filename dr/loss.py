@@ -88,7 +88,7 @@ class DRClipLoss(nn.Module):
         dist_syn_text_features: Tensor | None = None,
         output_dict: bool = False,
     ) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
-        """Compute both losses, in float32 whatever autocast says.
+        """Compute both losses, in float32 whatever autocast says (on a GPU in TF32, which OpenCLIP's trainer allows).
 
         Args:
             image_features: student, ``[B, D]``, unit length; B is this process's batch.

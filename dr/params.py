@@ -110,13 +110,19 @@ def _contradiction(args: Namespace, parser: ArgumentParser) -> str | None:
         return None
 
     on = "--dataset-reinforcement"
+    model = open_clip.get_model_config(args.model) or {}
     for name, given in (
         ("--siglip", args.siglip),
-        (f"the CoCa model {args.model}", "coca" in args.model.lower()),
+        (f"the SigLIP model {args.model}", "init_logit_bias" in model),
+        (f"the CoCa model {args.model}", "coca" in args.model.lower() or "multimodal_cfg" in model),
         ("--distill-model (a teacher that runs along)", args.distill_model is not None),
         ("--horovod", args.horovod),
         ("--aug-cfg (the stored augmentations are what the student sees)", bool(args.aug_cfg)),
         (f"--dataset-type {args.dataset_type}", args.dataset_type not in ("webdataset", "auto")),
+        (
+            f"--train-data {args.train_data}, which is no tar",
+            args.dataset_type == "auto" and args.train_data and not args.train_data.endswith(".tar"),
+        ),
     ):
         if given:
             return f"{on} does not go with {name}: leave out one of them"

@@ -118,11 +118,13 @@ def embeddings(sample: dict) -> dict[str, Tensor]:
     except Exception as error:  # whatever a broken or hostile file makes the readers raise
         raise BadSample(f"unreadable {member}", f"{type(error).__name__}: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        if tensor.ndim != 2 or not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             raise BadSample(
                 f"unreadable {member}", f"{name} is {tensor.dtype} {list(tensor.shape)}, not float [rows, width]"
             )
-    return tensors
+        if tensor.numel() * tensor.element_size() > MAX_INFLATED:  # few bytes can stand for many by a stride of 0
+            raise BadSample(f"oversized {member}", f"{name} is {list(tensor.shape)}")
+    return {name: tensor.detach() for name, tensor in tensors.items()}  # a stored tensor may ask for gradients
 
 
 def _check_inflated(data: bytes, member: str) -> None:

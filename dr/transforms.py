@@ -58,9 +58,9 @@ def _integers(name: str, value: Any, length: int) -> tuple[int, ...]:
     if (
         not isinstance(value, Sequence)
         or len(value) != length
-        or not all(isinstance(v, (int, float)) and float(v).is_integer() for v in value)
+        or not all(isinstance(v, (int, float)) and abs(v) < 2**31 and v == int(v) for v in value)
     ):
-        raise ValueError(f"{name}: expected {length} integers, found {value!r}")
+        raise ValueError(f"{name}: expected {length} integers, found {str(value)[:200]}")
     return tuple(int(v) for v in value)
 
 
@@ -210,17 +210,17 @@ class RandAugment:
     def parse(self, stored):
         if stored is None:
             return None
-        if not isinstance(stored, Sequence) or not all(
-            isinstance(pair, Sequence)
-            and len(pair) == 2
-            and isinstance(pair[0], int)
-            and 0 <= pair[0] < len(RAND_AUGMENT_OPS)
-            and isinstance(pair[1], (int, float))
-            and math.isfinite(pair[1])
-            for pair in stored
+        last = len(RAND_AUGMENT_OPS) - 1
+        if (
+            not isinstance(stored, Sequence)
+            or len(stored) != self.num_ops
+            or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in stored)
+            or not all(isinstance(op, int) and 0 <= op <= last for op, _ in stored)
+            or not all(isinstance(m, (int, float)) and abs(m) < 2**31 for _, m in stored)  # nor infinite, nor NaN
         ):
+            found = str(stored)[:200]
             raise ValueError(
-                f"rand_augment: expected pairs [op 0…{len(RAND_AUGMENT_OPS) - 1}, magnitude] or null, found {stored!r}"
+                f"rand_augment: expected {self.num_ops} pairs [op 0…{last}, magnitude] or null, found {found}"
             )
         return tuple((op, float(magnitude)) for op, magnitude in stored)
 
@@ -361,7 +361,7 @@ class Compose:
             ValueError: an entry that is not what its transform stores, or too few or too many of them.
         """
         if not isinstance(compressed, Sequence) or len(compressed) != len(self.random):
-            raise ValueError(f"expected one entry for each of {self.random}, found {compressed!r}")
+            raise ValueError(f"expected one entry for each of {self.random}, found {str(compressed)[:200]}")
         return {name: self.transforms[name].parse(entry) for name, entry in zip(self.random, compressed, strict=True)}
 
 

@@ -20,8 +20,8 @@ cd "$ROOT"
 PICTURES=                 # training pictures; empty: all, about 3,300
 SHARDS=8
 HELD_OUT=400
-TEACHER_ITERATIONS=750    # x BATCH = samples seen
-STUDENT_ITERATIONS=130
+TEACHER_ITERATIONS=660    # x BATCH = samples seen
+STUDENT_ITERATIONS=210
 STUDENT_CHECKPOINTS=10
 BATCH=128
 AUGMENTATIONS=10          # stored for each picture
@@ -82,12 +82,13 @@ step "join captions and images" "$PYTHON" scripts/join_shards.py --source "$data
 train() {
     local name=$1 script=$2 shards=$3
     shift 3
-    [ ! -f "$LOGS/$name/checkpoints/epoch_$CHECKPOINTS.pt" ] || { echo "$name is trained"; return; }
+    local last=$LOGS/$name/checkpoints/epoch_$CHECKPOINTS.pt # epoch_latest.pt is written after it
+    [ ! "${last%/*}/epoch_latest.pt" -nt "$last" ] || [ ! -f "$last" ] || { echo "$name is trained"; return; }
     local status
     {
         (cd "$OPEN_CLIP" && NAME=$name DATA=$shards bash "configs/$script" --resume latest \
             --val-data "$data/held_out/00000000.tar" --val-num-samples "$HELD_OUT" "$@") 2>&1 |
-            tee "$WORK/$name.log" | grep --line-buffered -oE 'Train Epoch.*|Eval Epoch: [0-9]+ image.*' | cut -c 1-160
+            tee "$WORK/$name.log" | grep --line-buffered -oE 'Train Epoch.{,150}|Eval Epoch: [0-9]+ image.{,100}'
         status=${PIPESTATUS[0]}
     } || true
     [ "$status" -eq 0 ] || { tail -n 40 "$WORK/$name.log" >&2; echo "error: $name failed, see $WORK/$name.log" >&2; exit 1; }

@@ -220,9 +220,9 @@ def main():
 
     # One output folder holds shards that were made in one way.
     args.output.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(args.synthetic_captions.read_bytes()).hexdigest()
+    files = [str(args.synthetic_captions), *(name for name in (*names, *weights) if os.path.isfile(name))]
     settings = {"config": config, "format": args.format, "precision": args.precision, "seed": args.seed}
-    settings["synthetic_captions"] = digest
+    settings["sha256"] = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
     recorded = args.output / SETTINGS
     if recorded.exists() and json.loads(recorded.read_text()) != settings:
         sys.exit(
@@ -236,6 +236,10 @@ def main():
     absent = [shard for shard in shards if not os.path.isfile(shard)]
     if absent:
         sys.exit(f"error: {len(absent)} of {len(shards)} shards of --input are not there, the first is {absent[0]}")
+    if len({os.path.basename(shard) for shard in shards}) < len(shards):
+        sys.exit(
+            "error: --input names several shards of one file name: reinforce each folder into an --output of its own"
+        )
     todo = [(s, o) for s in shards[RANK::WORLD_SIZE] if not (o := args.output / os.path.basename(s)).exists()]
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     teachers = (

@@ -189,6 +189,15 @@ def test_validation_is_never_reinforced_and_may_be_empty_in_a_worker(tmp_path):
     assert list(stages.used([])) == []
 
 
+def test_a_worker_that_once_used_a_sample_goes_on_through_bad_shards():
+    """Drawn with replacement, the same bad shards may come up many times in a row."""
+    samples = UsableSamples(2, PLAIN_MEMBERS)
+    assert list(samples.count_used([1])) == [1]
+    for _ in range(2):  # two epochs of the trainer
+        for _ in zip(samples.shards(itertools.cycle([{"url": "a"}, {"url": "b"}])), range(100), strict=False):
+            samples.read += 1000
+
+
 def test_giving_up_waits_for_the_shuffle_buffer():
     """Samples that are still in the shuffle buffer may be the usable ones."""
     samples = UsableSamples(2, PLAIN_MEMBERS)
@@ -199,3 +208,10 @@ def test_giving_up_waits_for_the_shuffle_buffer():
             opened += 1
             samples.read += 1000
     assert opened == 2 + 5  # both shards, then 5,000 samples more
+
+
+def test_giving_up_waits_until_every_shard_was_opened():
+    """Of few shards drawn with replacement one may come up late."""
+    samples = UsableSamples(2, PLAIN_MEMBERS)
+    for _ in zip(samples.shards(itertools.repeat({"url": "a"})), range(100), strict=False):
+        samples.read += 1000

@@ -22,6 +22,8 @@ REFUSED = [
     (f"{GOOD} --siglip", ["--dataset-reinforcement", "--siglip"]),
     (f"{GOOD} --model coca_ViT-B-32", ["--dataset-reinforcement", "CoCa model coca_ViT-B-32"]),
     (f"{GOOD} --distill-model ViT-B-32 --distill-pretrained x", ["--dataset-reinforcement", "--distill-model"]),
+    (f"{GOOD} --model ViT-B-16-SigLIP", ["--dataset-reinforcement", "SigLIP model ViT-B-16-SigLIP"]),
+    (f"{GOOD} --train-data pairs.csv", ["--dataset-reinforcement", "--train-data pairs.csv"]),
     (f"{GOOD} --horovod", ["--dataset-reinforcement", "--horovod"]),
     (f"{GOOD} --aug-cfg scale=0.5", ["--dataset-reinforcement", "--aug-cfg"]),
     (f"{GOOD} --dataset-type csv", ["--dataset-reinforcement", "--dataset-type csv"]),

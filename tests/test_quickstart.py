@@ -21,9 +21,8 @@ def test_the_fast_quickstart_walks_the_whole_path_and_may_be_run_again(tree, tmp
     assert len(plain["curve"]) == len(reinforced["curve"]) == 2
     different = {n for n, value in plain["settings"].items() if value != reinforced["settings"][n]}
     assert different == {
-        "dataset_reinforcement", "distill_loss_weights", "distill_teacher_dimension", "distill_average_after_softmax",
-        "distill_logit_scale",
-    }  # fmt: skip
+        *("dataset_reinforcement", "distill_teacher_dimension", "distill_average_after_softmax", "distill_logit_scale")
+    }
     for run_ in results["runs"].values():
         assert run_["final"]["num_samples"] == 20
     for name in ("learning_curves.png", "augmentations.png"):

@@ -73,7 +73,24 @@ def bomb():
     return stream.getvalue()
 
 
+def pth_gz(image_emb):
+    stream = io.BytesIO()
+    torch.save({"image_emb": image_emb, "text_emb": torch.zeros(4, 12)}, stream)
+    return gzip.compress(stream.getvalue())
+
+
+def params(entry):
+    return b'{"param_aug": [%s]}' % b",".join([entry] * 4)
+
+
+HUGE = str(10**400).encode()
 BROKEN = {
+    "few bytes, many rows": (broken(npz=None, pth_gz=pth_gz(torch.zeros(1, 1).expand(4, 2**26))), "oversized pth.gz"),
+    "a tensor without data": (broken(npz=None, pth_gz=pth_gz(torch.zeros(4, 12, device="meta"))), "unreadable pth.gz"),
+    "sparse": (broken(npz=None, pth_gz=pth_gz(torch.zeros(4, 12).to_sparse())), "unreadable pth.gz"),
+    "huge box": (broken(paug_json=params(b"[[0,0,%s,9],null]" % HUGE)), "expected 4 int"),
+    "huge magnitude": (broken(paug_json=params(b"[[0,0,9,9],[[1,%s],[1,1]]]" % HUGE)), "expected 2 pairs"),
+    "many operations": (broken(paug_json=params(b"[[0,0,9,9],[%s]]" % b",".join([b"[1,1]"] * 99))), "expected 2 pairs"),
     "no image": (broken(jpg=None), r"lacks an image \(jpg or jpeg or png or webp\)"),
     "no caption": (broken(txt=None), r"lacks a caption \(txt\)"),
     "no synthetic captions": (broken(syn_json=None), "lacks synthetic captions"),
@@ -143,6 +160,12 @@ def test_a_planted_pickle_is_not_run(where, tmp_path):
     with pytest.raises(BadSample, match="unreadable"):
         draw(broken(**members), COMPOSE, random.Random(0))
     assert not path.exists()
+
+
+def test_a_stored_tensor_that_asks_for_gradients_gets_none():
+    """Such a tensor can't leave a worker: the run would hang."""
+    drawn = draw(broken(npz=None, pth_gz=pth_gz(torch.zeros(4, 12, requires_grad=True))), COMPOSE, random.Random(0))
+    assert not drawn["image_emb"].requires_grad
 
 
 def test_images_of_every_kind_become_rgb():

@@ -144,6 +144,18 @@ def test_what_is_missing_is_said_before_torchrun_starts(tree, machine, changes, 
     assert done.stderr.startswith("error: ") and message in done.stderr
 
 
+def test_an_experiment_that_exists_is_not_started_again(tree, machine):
+    environ, folder = machine
+    (folder / "logs" / "run_datacompdr12m").mkdir(parents=True)
+    (folder / "logs" / "run_datacompdr12m" / "out.log").touch()
+    script = ["bash", tree / "configs" / "run_datacompdr12m.sh"]
+    done = run(script, env=environ, cwd=folder)
+    assert done.returncode == 1 and "--resume latest" in done.stderr and "NAME" in done.stderr
+    for more in ({"NAME": "other"}, {}):
+        again = run([*script, *([] if more else ["--resume", "latest"])], env={**environ, **more}, cwd=folder)
+        assert again.returncode == 0, again.stderr
+
+
 def test_without_a_patched_tree_the_script_says_how_to_get_one(tmp_path):
     done = run(["cp", "-r", ROOT / "configs", tmp_path])
     done = run(["bash", tmp_path / "configs" / "run_datacompdr12m.sh"])

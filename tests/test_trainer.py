@@ -130,6 +130,25 @@ def test_accumulation_trains_on_several_processes(tree, config, shards, tmp_path
     assert log(tmp_path).count("Distill_loss") == 4
 
 
+@pytest.mark.parametrize("shards", ["npz"], indirect=True)
+def test_zero_shot_evaluation_runs_on_one_of_several_processes(tree, shards, tmp_path):
+    for name in ("n01440764", "n01443537"):
+        (tmp_path / "imagenet" / name).mkdir(parents=True)
+        picture(0).save(tmp_path / "imagenet" / name / "0.jpg")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+    options = {
+        "--train-data": shards, "--train-num-samples": 32, "--epochs": 2, "--batch-size": 8, "--workers": 1,
+        "--warmup": 1, "--model": MODEL, "--precision": "fp32", "--dist-backend": "gloo",
+        "--imagenet-val": tmp_path / "imagenet",
+        "--zeroshot-frequency": 1, "--logs": tmp_path, "--name": "run",
+    }  # fmt: skip
+    arguments = [word for option in options.items() for word in option]
+    done = run([*torchrun, ROOT / "tests" / "zero_shot.py", *arguments, "--dataset-resampled"], env=environment(tree))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (tmp_path / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()
+    assert ["imagenet-zeroshot-val-top1" in json.loads(line) for line in lines] == [True, True]
+
+
 def test_accumulating_micro_batches_equals_one_batch_of_their_sum(tree, config):
     done = run([sys.executable, ROOT / "tests" / "accumulated_step.py", MODEL, config], env=environment(tree))
     assert done.returncode == 0, done.stderr[-3000:]
