@@ -608,7 +608,7 @@ def join_all(names, sources, args, report):
     }
     join = functools.partial(join_shard, sources=sources, output=args.output, settings=settings, recheck=args.recheck)
     aligned = [source for source in sources if isinstance(source, Source)]
-    size = {name: sum(source.stamp(name) or 0 for source in aligned) for name in names}
+    size = {name: sum((source.stamp(name) or [0])[0] for source in aligned) for name in names}
     task = f"task {args.task_index} of {args.task_count}" if args.task_count > 1 else None
     with tqdm(total=sum(size.values()), desc=task, unit="B", unit_scale=True, smoothing=0) as bar:
         for done, result in enumerate(run_all(join, names, args.workers), 1):
