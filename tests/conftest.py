@@ -1,6 +1,7 @@
 """What several tests share: a patched OpenCLIP tree, the same tree unpatched, and an old webdataset."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +41,8 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="session")
 def unpatched_tree(tree, tmp_path_factory):
     dest = tmp_path_factory.mktemp("unpatched")
-    archive = subprocess.run(["git", "-C", tree, "archive", "HEAD", "src"], check=True, capture_output=True).stdout
-    subprocess.run(["tar", "-x", "-C", dest], check=True, input=archive)
+    shutil.copytree(tree / "src", dest / "src", ignore=shutil.ignore_patterns("dr", "__pycache__"))
+    subprocess.run(["git", "apply", "--reverse", ROOT / "open_clip.patch"], check=True, cwd=dest)
     return dest
 
 
