@@ -63,19 +63,19 @@ PY
 }
 
 launch() { # launch [TRAINER ARGUMENT …]
-    local found
-    found=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     NUM_NODES=${NUM_NODES:-$DEFAULT_NODES}
     NUM_GPUS=${NUM_GPUS:-$DEFAULT_GPUS} # on each node
-    local processes=$NUM_GPUS device=()
+    local processes=$NUM_GPUS device=() found
     if [ "$NUM_GPUS" -eq 0 ]; then
         processes=${NUM_PROCESSES:-1}
         device=(--dist-backend gloo)
         export CUDA_VISIBLE_DEVICES= # a CPU run leaves the GPUs alone
         PRECISION=${PRECISION:-fp32}
-    elif [ "$found" -lt "$NUM_GPUS" ]; then
-        fail "this recipe wants $NUM_GPUS GPUs a node, and this machine has $found: set NUM_NODES and NUM_GPUS" \
-            "(NUM_GPUS=0 runs on the CPU)"
+    else
+        found=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+        [ "$found" -ge "$NUM_GPUS" ] ||
+            fail "this recipe wants $NUM_GPUS GPUs a node, and this machine has $found: set NUM_NODES and NUM_GPUS" \
+                "(NUM_GPUS=0 runs on the CPU)"
     fi
     PRECISION=${PRECISION:-amp}
 

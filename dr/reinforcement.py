@@ -56,7 +56,8 @@ def missing(sample: dict, members: dict[str, tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _first(sample: dict, extensions: tuple[str, ...]) -> tuple[str, bytes]:
+def first_member(sample: dict, extensions: tuple[str, ...]) -> tuple[str, bytes]:
+    """Extension and bytes of the first of ``extensions`` that a sample has."""
     return next((extension, sample[extension]) for extension in extensions if extension in sample)
 
 
@@ -109,7 +110,7 @@ def embeddings(sample: dict) -> dict[str, Tensor]:
     Returns:
         ``image_emb`` float ``[A, ΣD_k]`` and ``text_emb`` float ``[1 + S, ΣD_k]``, in the precision stored.
     """
-    member, data = _first(sample, REINFORCED_MEMBERS["embeddings"])
+    member, data = first_member(sample, REINFORCED_MEMBERS["embeddings"])
     try:
         arrays = _load_npz(data) if member == "npz" else _load_pth_gz(data)
         tensors = {name: torch.as_tensor(arrays[name]) for name in ("image_emb", "text_emb")}
@@ -151,7 +152,7 @@ def _load_pth_gz(data: bytes) -> dict:
 
 def decode_image(sample: dict) -> Image.Image:
     """The image of a sample, as RGB."""
-    member, data = _first(sample, IMAGE_MEMBERS)
+    member, data = first_member(sample, IMAGE_MEMBERS)
     try:
         img = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if img.width * img.height > MAX_PIXELS:
@@ -210,7 +211,7 @@ def draw(
     image_emb, text_emb = stored["image_emb"][augmentation].float(), stored["text_emb"][chosen].float()
     if not (image_emb.isfinite().all() and text_emb.isfinite().all()):
         raise BadSample("embeddings are not finite")
-    member, image = _first(sample, IMAGE_MEMBERS)
+    member, image = first_member(sample, IMAGE_MEMBERS)
     return {
         "__key__": sample.get("__key__"),
         "__url__": sample.get("__url__"),

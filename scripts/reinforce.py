@@ -38,7 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
 from dr import checkpoint
 from dr.params import register_model
-from dr.reinforcement import PLAIN_MEMBERS, BadSample, caption, decode_image, missing
+from dr.reinforcement import IMAGE_MEMBERS, PLAIN_MEMBERS, BadSample, caption, decode_image, first_member, missing
 from dr.transforms import compose_from_config
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -93,7 +93,7 @@ class Augmented(IterableDataset):
     def augment(self, sample: dict) -> dict:
         for lack in missing(sample, PLAIN_MEMBERS):
             raise BadSample(lack)
-        member, image = next((name, sample[name]) for name in PLAIN_MEMBERS["an image"] if name in sample)
+        member, image = first_member(sample, IMAGE_MEMBERS)
         try:
             record = json.loads(sample.get("json", b"{}"))
         except ValueError as error:
