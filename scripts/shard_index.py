@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from shard_members import HEADER_BUFFER, Contents, ShardError, open_files, read_contents
+from shard_members import HEADER_BUFFER, Contents, Samples, ShardError, open_files, read_contents
 
 VERSION = 1  # of the tables
 TABLES = """
@@ -43,15 +43,15 @@ def listing(folder, names):
 
 def scan_shard(shard):
     """The samples of one shard as rows for the index, and what is wrong with the shard, if anything."""
-    number, path = shard
+    (number, path), extents = shard, {}
     try:
         with open(path, "rb", buffering=HEADER_BUFFER) as file:
-            extent = read_contents(file).extent
+            read_contents(file, extents=extents)
     except (ShardError, OSError) as error:
         return number, [], str(error)
     finally:
         open_files.close()
-    return number, [(number_of(uid), number, first, last - first) for uid, (first, last) in extent.items()], None
+    return number, [(number_of(uid), number, first, last - first) for uid, (first, last) in extents.items()], None
 
 
 def build(path, shards, scanned):
@@ -137,7 +137,7 @@ class UnalignedSource(NamedTuple):
 
     def find(self, uids):
         """The :class:`Contents` of those of the ``uids`` that are there."""
-        contents, rows, names = Contents({}, {}, {}, {}), [], {}
+        contents, rows, names = Contents(Samples(), {}), [], {}
         with self.ask() as database:
             for uid in uids:
                 for row in database.execute("SELECT * FROM samples WHERE uid = ?", (number_of(uid),)):

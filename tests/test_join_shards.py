@@ -33,7 +33,7 @@ A, B, C, D = (digit * 32 for digit in "abcd")
 
 
 def image_of(uid):
-    return b"picture of " + uid.encode() + bytes(70_000)  # long enough for copy_file_range
+    return b"picture of " + uid.encode() + bytes(200_000)  # longer than the writer's buffer
 
 
 def sha256_of(uid):
@@ -464,19 +464,16 @@ def test_torch_is_not_imported_without_bf16(folders):
 # never a wrong result
 
 
-def test_same_bytes_whatever_the_workers_the_run_and_the_system_call(folders, tmp_path, monkeypatch):
+def test_same_bytes_whatever_the_workers_and_the_buffer(folders, tmp_path, monkeypatch):
     for number in range(4):
         folders.write(f"{number:08d}.tar")
     folders.join()
     folders.join("--workers", 3, output=tmp_path / "three")
 
-    def refuse(*_):
-        raise OSError(errno.EXDEV, "not here")
-
-    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
-    folders.join(output=tmp_path / "without")
+    monkeypatch.setattr(join_shards, "BUFFER", 1000)
+    folders.join(output=tmp_path / "narrow")
     assert len(bytes_of(folders.output)) == 4
-    assert bytes_of(folders.output) == bytes_of(tmp_path / "three") == bytes_of(tmp_path / "without")
+    assert bytes_of(folders.output) == bytes_of(tmp_path / "three") == bytes_of(tmp_path / "narrow")
 
 
 def test_header_is_plain_ustar(folders):
@@ -556,12 +553,12 @@ def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tm
     # dies by itself while it writes its third shard
     slow = (
         "import os, signal, sys, join_shards as j\n"
-        "copy, seen = j.copy, []\n"
-        "def dying(span, out):\n"
+        "copy, seen = j.TarWriter.copy, []\n"
+        "def dying(tar, span):\n"
         "    seen.append(span)\n"
         "    if len(seen) > 1000: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    copy(span, out)\n"
-        "j.copy = dying\n"
+        "    copy(tar, span)\n"
+        "j.TarWriter.copy = dying\n"
         "j.main(sys.argv[1:])\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
@@ -619,6 +616,37 @@ def test_recheck_without_sources_tells_a_whole_tar_from_a_broken_one(folders):
     assert list(failed) == ["00000001.tar"] and "damaged" in failed["00000001.tar"]
 
 
+PEAK = (
+    "import sys, join_shards\n"
+    "join_shards.main(sys.argv[1:])\n"
+    "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+)
+
+
+def peak_memory(folders):
+    """KB, of a process that joins."""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    command = [sys.executable, "-c", PEAK, *folders.arguments()]
+    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return int(run.stdout.splitlines()[-1])
+
+
+def test_memory_grows_by_less_than_a_kilobyte_a_sample(folders):
+    folders.write()
+    few, many = peak_memory(folders), 20_000
+    for source, extensions in (
+        (folders.images, ("jpg", "txt")),
+        (folders.reinforcements, ("syn.json", "paug.json", "npz")),
+    ):
+        with tarfile.open(source / "00000000.tar", "w") as tar:
+            for number in range(many):
+                for extension in extensions:
+                    tar.addfile(tarfile.TarInfo(f"{number:032x}.{extension}"))
+                    tar.members.clear()
+    assert peak_memory(folders) - few < many
+    assert folders.report()["samples"] == many
+
+
 def test_memory_does_not_grow_with_a_member(folders):
     folders.write()
     path = folders.reinforcements / "00000000.tar"
@@ -628,17 +656,8 @@ def test_memory_does_not_grow_with_a_member(folders):
                 info = tarfile.TarInfo(f"{uid}.{extension}")
                 info.size = 300_000_000 if uid == B and extension == "npz" else len(data)
                 tar.addfile(info, zeros if uid == B and extension == "npz" else io.BytesIO(data))
-    code = (
-        "import os, sys, join_shards\n"
-        "del os.copy_file_range\n"
-        "join_shards.main(sys.argv[1:])\n"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
-    command = [sys.executable, "-c", code, *folders.arguments()]
-    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert peak_memory(folders) < 100_000
     assert folders.report()["bytes"] > 300_000_000
-    assert int(run.stdout.splitlines()[-1]) < 100_000  # KB
 
 
 # bad input
@@ -770,15 +789,15 @@ def test_member_of_negative_size_fails_the_shard(folders):
 def test_full_disk_fails_the_shard_and_leaves_nothing(folders, monkeypatch):
     folders.write("00000000.tar")
     folders.write("00000001.tar")
-    copy, copied = join_shards.copy, Counter()
+    copy, copied = join_shards.TarWriter.copy, Counter()
 
-    def full(span, out):
+    def full(tar, span):
         copied["members"] += 1
         if copied["members"] == 10:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        copy(span, out)
+        copy(tar, span)
 
-    monkeypatch.setattr(join_shards, "copy", full)
+    monkeypatch.setattr(join_shards.TarWriter, "copy", full)
     report = folders.join_failing()
     assert "No space left" in report["failed"]["00000000.tar"]
     assert list(bytes_of(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
