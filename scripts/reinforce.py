@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's roo
 from dr import checkpoint
 from dr.params import register_model
 from dr.reinforcement import IMAGE_MEMBERS, PLAIN_MEMBERS, BadSample, caption, decode_image, first_member, missing
-from dr.transforms import compose_from_config
+from dr.transforms import Compose, compose_from_config
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SETTINGS = "reinforce.json"  # in the output folder: how its shards were made
@@ -70,6 +70,26 @@ class Teacher:
             image_emb = self.model.encode_image(normalized, normalize=True)
             text_emb = self.model.encode_text(self.tokenizer(captions).to(self.device), normalize=True)
         return image_emb.float().cpu(), text_emb.float().cpu()
+
+
+def named_teachers(config: dict, where: Path) -> list[tuple[str, str]]:
+    """The teachers of a reinforcement config: model name or config file, and weights, of each."""
+    names, weights = config["model_name"].split(","), config["pretrained"].split(",")
+    if len(names) != len(weights):
+        sys.exit(f"error: {where}: model_name has {len(names)} entries and pretrained {len(weights)}: one for each")
+    return list(zip(names, weights, strict=True))
+
+
+def unnormalized(config: dict) -> Compose:
+    """The augmentation of a reinforcement config without its normalisation: each teacher has its own."""
+    return compose_from_config({k: v for k, v in config["reinforce"]["image_augmentation"].items() if k != "normalize"})
+
+
+def check_crop(compose: Compose, name: str, teacher: Teacher, where: Path) -> None:
+    """End with a line where a teacher takes images of another size than the augmentation gives."""
+    crop = compose.transforms["random_resized_crop"].size
+    if set(crop) != {teacher.size if isinstance(teacher.size, int) else teacher.size[0]}:
+        sys.exit(f"error: {where}: the crop is {crop} pixels, but teacher {name} takes {teacher.size}")
 
 
 class Augmented(IterableDataset):
@@ -208,19 +228,13 @@ def main():
     args = parser.parse_args()
 
     config = json.loads(args.config.read_text())
-    names, weights = config["model_name"].split(","), config["pretrained"].split(",")
-    if len(names) != len(weights):
-        sys.exit(
-            f"error: {args.config}: model_name has {len(names)} entries and pretrained {len(weights)}: one for each"
-        )
-    augmentation = {k: v for k, v in config["reinforce"]["image_augmentation"].items() if k != "normalize"}
-    compose = compose_from_config(augmentation)  # each teacher has its own normalisation
+    named, compose = named_teachers(config, args.config), unnormalized(config)
     with open(args.synthetic_captions) as lines:
         synthetic = {record["uid"]: record["syn_text"] for record in map(json.loads, lines)}
 
     # One output folder holds shards that were made in one way.
     args.output.mkdir(parents=True, exist_ok=True)
-    files = [str(args.synthetic_captions), *(name for name in (*names, *weights) if os.path.isfile(name))]
+    files = [str(args.synthetic_captions), *(name for pair in named for name in pair if os.path.isfile(name))]
     settings = {"config": config, "format": args.format, "precision": args.precision, "seed": args.seed}
     settings["sha256"] = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
     recorded = args.output / SETTINGS
@@ -242,13 +256,9 @@ def main():
         )
     todo = [(s, o) for s in shards[RANK::WORLD_SIZE] if not (o := args.output / os.path.basename(s)).exists()]
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    teachers = (
-        [Teacher(*teacher, device, args.precision) for teacher in zip(names, weights, strict=True)] if todo else []
-    )
-    for name, teacher in zip(names, teachers, strict=False):
-        crop = compose.transforms["random_resized_crop"].size
-        if set(crop) != {teacher.size if isinstance(teacher.size, int) else teacher.size[0]}:
-            sys.exit(f"error: {args.config}: the crop is {crop} pixels, but teacher {name} takes {teacher.size}")
+    teachers = [Teacher(*teacher, device, args.precision) for teacher in named] if todo else []
+    for (name, _), teacher in zip(named, teachers, strict=False):
+        check_crop(compose, name, teacher, args.config)
 
     outcome: Counter[str] = Counter()
     for shard, output in tqdm(todo, desc=f"reinforce (rank {RANK})", unit="shard", disable=None if RANK == 0 else True):
