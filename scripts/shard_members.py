@@ -146,7 +146,10 @@ def scan(file, start=0, end=None):
         while end is None or offset < end:
             fault, first = None, offset
             file.seek(offset)
-            if plain := plain_member(file.read(tarfile.BLOCKSIZE)):
+            header = file.read(tarfile.BLOCKSIZE)
+            if not header.strip(b"\0"):
+                break  # the end mark; Python 3.10's tarfile fails on one that is all there is
+            if plain := plain_member(header):
                 name, size = plain
                 data = offset + tarfile.BLOCKSIZE
                 offset = data + size + -size % tarfile.BLOCKSIZE
