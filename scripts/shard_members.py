@@ -147,7 +147,7 @@ def scan(file, start=0, end=None):
             fault, first = None, offset
             file.seek(offset)
             header = file.read(tarfile.BLOCKSIZE)
-            if not header.strip(b"\0"):
+            if header and not header.strip(b"\0"):
                 break  # the end mark; Python 3.10's tarfile fails on one that is all there is
             if plain := plain_member(header):
                 name, size = plain
