@@ -22,6 +22,7 @@ DATACOMPDR12M_NOIMG_PATH=${DATACOMPDR12M_NOIMG_PATH:-$ROOT/datasets/DataCompDR-1
 DATACOMPDR1B_NOIMG_PATH=${DATACOMPDR1B_NOIMG_PATH:-$ROOT/datasets/DataCompDR-1B-noimage}
 WORKERS=${WORKERS:-8}       # files that are brought at once
 PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
+[ -n "$PYTHON" ] || [ ! -x "$ROOT/.venv/bin/python" ] || PYTHON=$ROOT/.venv/bin/python     # made by quickstart.sh or test.sh
 PYTHON=${PYTHON:-python3}
 
 BF16='' ONE_B='' OPTIONS=()

@@ -6,6 +6,7 @@ SHARDS=${SHARDS:-}          # brace pattern of names; empty: every shard that th
 WORKERS=${WORKERS:-}        # processes; empty: one for each core, up to 8
 IMAGES_UNALIGNED=${IMAGES_UNALIGNED:-}  # 1: the image shards have other names or boundaries; an index finds each uid
 PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
+[ -n "$PYTHON" ] || [ ! -x "$ROOT/.venv/bin/python" ] || PYTHON=$ROOT/.venv/bin/python     # made by quickstart.sh or test.sh
 PYTHON=${PYTHON:-python3}
 
 need() { # need VARIABLE HINT: the folder that VARIABLE names must be there, or HINT says how to get it

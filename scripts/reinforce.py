@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import sys
 import tarfile
@@ -52,7 +53,9 @@ class Teacher:
         self.device, self.autocast = device, precision == "bf16"
         model_name = register_model(name)
         if os.path.isfile(pretrained):
+            logging.disable(logging.WARNING)  # "no pretrained weights": they come now
             model = open_clip.create_model(model_name, device=device)
+            logging.disable(logging.NOTSET)
             state = checkpoint.load(pretrained, map_location="cpu")
             state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
             model.load_state_dict(state)
