@@ -13,15 +13,16 @@ that Pillow's own font lacks; the sheet has boxes in their place, the terminal p
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import http.client
 import json
 import random
+import signal
 import string
 import sys
 import tarfile
-import time
 import unicodedata
 import urllib.parse
 import urllib.request
@@ -30,12 +31,14 @@ from itertools import islice
 from pathlib import Path
 from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, ProxyHandler, UnknownHandler
 
+import open_clip
 import torch
 from huggingface_hub import HfFileSystem
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from dr.params import register_model
 from dr.reinforcement import (
     IMAGE_MEMBERS,
     MAX_INFLATED,
@@ -108,6 +111,22 @@ def open_shard(shard: Path | str) -> Iterator[tuple[str, dict[str, bytes]]]:
 # --- 2. there is no picture in DataCompDR, only its address and the sha256 of what the teachers saw -------------------
 
 
+@contextlib.contextmanager
+def at_most(seconds: float):
+    """Raise TimeoutError when the block takes longer: a socket's own timeout begins anew with every byte."""
+
+    def end(*_):
+        raise TimeoutError(f"not there after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def fetch_image(sample: dict[str, bytes]) -> bytes:
     """The picture's bytes from its address, the very ones that were embedded.
 
@@ -117,20 +136,20 @@ def fetch_image(sample: dict[str, bytes]) -> bytes:
     try:
         url = sample["url.txt"].decode().strip()
         expected = json.loads(sample["json"])["sha256"]
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise BadSample("no picture, and no address (url.txt) with sha256 (json) to fetch it", error) from error
     opener = urllib.request.OpenerDirector()  # urlopen would follow a stranger's address to file: and ftp: as well
     for handler in HTTP_ONLY:
         opener.add_handler(handler())
-    data, deadline = b"", time.monotonic() + 3 * TIMEOUT
+    data = b""
     try:
         address = urllib.parse.quote(url, safe=string.punctuation)  # some have spaces, or letters beyond ASCII
         request = urllib.request.Request(address, headers={"User-Agent": USER_AGENT})
-        with opener.open(request, timeout=TIMEOUT) as response:
+        with at_most(3 * TIMEOUT), opener.open(request, timeout=TIMEOUT) as response:
             while chunk := response.read1(2**16):
                 data += chunk
-                if len(data) > MAX_IMAGE or time.monotonic() > deadline:
-                    raise OSError(f"over {MAX_IMAGE} bytes or {3 * TIMEOUT} seconds")
+                if len(data) > MAX_IMAGE:
+                    raise OSError(f"over {MAX_IMAGE} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise BadSample("dead link", f"{url}: {str(error) or type(error).__name__}") from error
     if (found := hashlib.sha256(data).hexdigest()) != expected:
@@ -397,12 +416,23 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         type=at_least(1),
         nargs="+",
         metavar="D",
-        help="width of each teacher's block of an embedding (default: equal widths)",
+        help="width of each teacher's block of an embedding (default: of the config's teachers)",
     )
     args = parser.parse_args(arguments)
     if args.output and (args.output.suffix != ".png" or not args.output.absolute().parent.is_dir()):
         parser.error(f"--output: found {args.output}, expected a name that ends in .png in a folder that is there")
     return args
+
+
+def teacher_dimensions(names: list[str], where: Path) -> list[int]:
+    """The widths D_k of the models that a config names, as OpenCLIP's model configs have them."""
+    try:
+        return [open_clip.get_model_config(register_model(name))["embed_dim"] for name in names]
+    except (OSError, KeyError, TypeError):
+        raise SystemExit(
+            f"error: --config {where} names models that OpenCLIP doesn't know; say with --teacher-dimension how wide "
+            "their embeddings are"
+        ) from None
 
 
 def main(arguments=None) -> None:
@@ -414,8 +444,12 @@ def main(arguments=None) -> None:
         to_look_at = compose_from_config({step: steps[step] for step in steps if step != "normalize"})
         models = zip(config["model_name"].split(","), config["pretrained"].split(","), strict=True)
         models = [(Path(name).name.removesuffix(".json"), Path(weights).name) for name, weights in models]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SystemExit(f"error: --config {args.config} can't be used: {type(error).__name__}: {error}") from None
+    widths = args.teacher_dimension or teacher_dimensions(config["model_name"].split(","), args.config)
+    if len(widths) != len(models):
+        given = " ".join(map(str, widths))
+        raise SystemExit(f"error: --teacher-dimension {given} doesn't fit: the config has {len(models)} teachers")
     teachers = [f"teacher {k}: {name}, {weights}" for k, (name, weights) in enumerate(models)]
     shard = args.shard or (f"{REPOSITORY}-bf16" if args.bf16 else REPOSITORY)
 
@@ -424,17 +458,17 @@ def main(arguments=None) -> None:
         try:
             for lack in missing(sample, STORED):
                 raise BadSample(lack)
+            stored = [embeddings(sample)[name] for name in ("image_emb", "text_emb")]
+            if {sum(widths)} != {emb.shape[1] for emb in stored}:
+                raise SystemExit(
+                    f"error: {stored[0].shape[1]} and {stored[1].shape[1]} numbers in an embedding, and the teachers' "
+                    f"widths are {' and '.join(map(str, widths))}: the set was made with another --config, or "
+                    "--teacher-dimension has to say how wide they are"
+                )
+            similarity = cosines(*stored, widths)
             if missing(sample, PICTURE):
                 sample["jpg"] = fetch_image(sample)  # Pillow looks at the bytes, not at this name
             chosen = choose(sample, compose, args.augmentation, args.seed)
-            stored = chosen["stored"]["image_emb"], chosen["stored"]["text_emb"]
-            widths = args.teacher_dimension or [stored[0].shape[1] // len(teachers)] * len(teachers)
-            if len(widths) != len(teachers) or {sum(widths)} != {emb.shape[1] for emb in stored}:
-                raise SystemExit(
-                    f"error: {stored[0].shape[1]} and {stored[1].shape[1]} numbers in an embedding, and the config has "
-                    f"{len(teachers)} teachers: --teacher-dimension {' '.join(map(str, widths))} doesn't fit"
-                )
-            similarity = cosines(*stored, widths)
             name = f"{shard}, sample {number}: {printable(key, 80)}"
             if args.output:
                 sheet = draw_sheet(name, chosen, similarity, teachers, to_look_at)

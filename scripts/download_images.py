@@ -34,27 +34,31 @@ again, remove its tar.
 Safe: addresses come from strangers. Only http and https are spoken, also after a redirect, and what is answered is
 bounded in bytes, seconds and pixels. Leaves out: keeping requests from your own network. Who answers for an
 address may point it at a machine beside yours (what comes is kept only if it is an image); run it where that does no
-harm. The time until an answer's body begins is bounded by --timeout for each read only.
+harm. How long looking up a host's name may take is the system's setting.
 """
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import functools
 import glob
 import http.client
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -78,14 +82,17 @@ REFUSED = re.compile(
     re.DOTALL,
 ).search
 
-MAX_BYTES = 100 << 20  # of an answer; it is held in memory, once for each thread
-MAX_SECONDS = 120  # from the first byte of an answer to the last: a server that drips would hold up its shard for ever
+# bytes of an answer. img2dataset holds as many as twice its threads in memory, 256 by default: 5 GB a process at the
+# worst, and 8 while the half that is just coming is copied
+MAX_BYTES = 20 << 20
+MAX_SECONDS = 120  # for an address, redirects included: a server that drips would hold up its shard for ever
 MAX_PIXELS = 1 << 28  # of an image, 0.8 GB once decoded
 MAX_URL = 1 << 16  # bytes; longer ones are no addresses
 
 WORK = ".img2dataset"
 LOG = "img2dataset.log"
 SECONDS_BETWEEN_LOOKS = 0.5  # at what img2dataset has finished
+OLD = 3600  # seconds after which a work folder that was never claimed is a killed run's
 SHARDS_PER_PROCESS = 8  # in one run of img2dataset; its lists lie in the work folder meanwhile
 QUIET = {  # img2dataset's libraries would ask their servers for news
     "NO_ALBUMENTATIONS_UPDATE": "1",
@@ -98,26 +105,72 @@ QUIET = {  # img2dataset's libraries would ask their servers for news
 # in img2dataset's processes
 
 
-class Bounded(urllib.request.BaseHandler):
-    """Bounds every answer: img2dataset reads whatever comes, for as long as it comes."""
+class Until(io.RawIOBase):
+    """What comes from a socket, up to a point in time: a socket's own timeout begins anew with every byte."""
 
-    def http_response(self, request, response):
-        def read():
-            body, end = bytearray(), time.monotonic() + MAX_SECONDS
-            while piece := response.read1(1 << 16):
-                body += piece
-                if len(body) > MAX_BYTES:
-                    raise ValueError(f"more than {MAX_BYTES} bytes")
-                if time.monotonic() > end:
-                    raise TimeoutError(f"not at its end after {MAX_SECONDS} s")
-            if response.length:  # read1 doesn't mind
-                raise http.client.IncompleteRead(b"", response.length)
-            return bytes(body)
+    def __init__(self, raw, sock, end):
+        self.raw, self.sock, self.timeout, self.end = raw, sock, sock.gettimeout(), end
 
-        response.read = read
-        return response
+    def readable(self):
+        return True
 
-    https_response = http_response
+    def readinto(self, buffer):
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"not at its end after {MAX_SECONDS} s")
+        self.sock.settimeout(min(left, self.timeout or left))
+        return self.raw.readinto(buffer)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+class Answer(http.client.HTTPResponse):
+    """Bounded in seconds, headers and body, and in bytes: img2dataset reads whatever comes, for as long as it comes."""
+
+    def __init__(self, sock, *arguments, end, **keywords):
+        super().__init__(sock, *arguments, **keywords)
+        self.fp = io.BufferedReader(Until(self.fp.detach(), sock, end))
+
+    def read(self):
+        body = bytearray()
+        while piece := self.read1(1 << 16):
+            body += piece
+            if len(body) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES} bytes")
+        if self.length:  # read1 doesn't mind
+            raise http.client.IncompleteRead(b"", self.length)
+        return bytes(body)
+
+
+class Bounded(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Has every request answered by an :class:`Answer`."""
+
+    def http_request(self, request):
+        request.full_url = urllib.parse.quote(request.full_url, safe=string.punctuation)  # spaces, letters beyond ASCII
+        if not hasattr(request, "end"):  # else it is where a redirect leads
+            request.end = time.monotonic() + MAX_SECONDS
+        return self.do_request_(request)
+
+    https_request = http_request
+
+    def do_open(self, http_class, request, **options):
+        def connection(*arguments, **keywords):
+            made = http_class(*arguments, **keywords)
+            made.response_class = functools.partial(Answer, end=request.end)
+            return made
+
+        return super().do_open(connection, request, **options)
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Leaves where they lead no more time than is left."""
+
+    def redirect_request(self, request, *arguments):
+        new = super().redirect_request(request, *arguments)
+        new.end = request.end
+        return new
 
 
 def http_opener():
@@ -127,12 +180,10 @@ def http_opener():
     for handler in (
         urllib.request.ProxyHandler(proxies),
         urllib.request.UnknownHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
         Bounded(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        Redirects(),
+        urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
     return opener
@@ -183,7 +234,7 @@ def sha256_in(contents, uid):
     if "json" not in members or uid in contents.refused:
         return None
     sha256 = read_json(members["json"]).get("sha256")
-    return sha256.lower() if isinstance(sha256, str) else None
+    return sha256.lower() if isinstance(sha256, str) and re.fullmatch(r"[0-9A-Fa-f]{64}", sha256) else None
 
 
 def write_list(item, source, reinforcements, verify):
@@ -197,8 +248,10 @@ def write_list(item, source, reinforcements, verify):
         embedded = reinforcements.contents(name) if reinforcements else None
         rows, without = [], 0
         for uid, members in contents.samples.items():
+            if uid in contents.refused:
+                continue
             url = b""
-            if uid not in contents.refused and "url.txt" in members and members["url.txt"].size <= MAX_URL:
+            if "url.txt" in members and members["url.txt"].size <= MAX_URL:
                 url = members["url.txt"].read().strip()
             without += not url
             if url:
@@ -208,9 +261,11 @@ def write_list(item, source, reinforcements, verify):
             raise ShardError("holds no address (url.txt)")
         schema = pyarrow.schema([(column, pyarrow.string()) for column in ("uid", "url", "expected_sha256")])
         parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
-        return {"name": name, "listed": len(rows), "without_url": without}
+        return {"name": name, "listed": len(rows), "without_url": without, "unusable": len(contents.refused)}
     except (ShardError, OSError) as error:
         return {"name": name, "error": str(error)}
+    except Exception as error:  # whatever a stranger's shard may hold, the others go on
+        return {"name": name, "error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     finally:
         open_files.close()
 
@@ -234,17 +289,21 @@ def finish(output, shard, batch, number):
 
     Returns:
         What ``<shard>_stats.json`` holds.
+
+    Raises:
+        ShardError: img2dataset's files are damaged.
+        SystemExit: the shard can't be written, as on a full disk; the work folder stays, with all that was downloaded.
     """
     import pyarrow
     from pyarrow import parquet
 
     tar, table, stats = paths_of(output, shard["name"])
-    tar.parent.mkdir(parents=True, exist_ok=True)
-    for path in (tar, table, stats):
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
     its_tar, its_table, its_stats = result_paths(batch, number)
     try:
+        tar.parent.mkdir(parents=True, exist_ok=True)
+        for path in (tar, table, stats):
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of a run that was killed
+                leftover.unlink(missing_ok=True)
         seconds = json.loads(its_stats.read_text())["duration"]
         held = parquet.read_table(its_table)
         by_uid = {row["uid"]: row for row in held.to_pylist()}
@@ -277,11 +336,18 @@ def finish(output, shard, batch, number):
             "seconds": round(seconds, 1),
             "outcomes": {name: counts[name] for name in OUTCOMES},
             "without_url": shard["without_url"],
+            "unusable": shard.get("unusable", 0),  # a list of an earlier version has none
             "unverified": sum(row["outcome"] == "downloaded" and not row["expected_sha256"] for row in rows),
         }
         publish_json(stats, about)
         publish(tar, lambda file: write_tar(file, samples()))  # last: with it, the shard is finished
         return about
+    except OSError as error:
+        if error.errno in (None, errno.ENOENT):  # pyarrow's, of a damaged file; or img2dataset wasn't done with it
+            raise ShardError(f"what img2dataset left of it can't be read: {error}") from error
+        raise SystemExit(
+            f"{tar}: {error.strerror}: make room there, and run it again; what was downloaded is kept in {batch}"
+        ) from None
     finally:
         open_files.close()
 
@@ -345,6 +411,10 @@ def claim_batch(output):
 
 def rescue(output):
     """Keep what runs that were killed had finished, and remove their work folders."""
+    for new in (output / WORK).glob("new-*"):  # one of a run that is alive is so called for a moment only
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - new.stat().st_mtime > OLD:
+                shutil.rmtree(new)
     for batch in (output / WORK).glob("batch-*"):
         with contextlib.suppress(FileNotFoundError), open(batch / "lock", "a") as lock:
             try:
@@ -434,17 +504,25 @@ def run_img2dataset(batch, shards, longest, args, bar):
 
 def report_on(output):
     """The counts of all finished shards in the output folder, those of other runs too."""
-    report = {"shards": 0, "samples": 0, "outcomes": Counter(), "without_url": 0, "unverified": 0}
+    report = {"shards": 0, "samples": 0, "outcomes": Counter(), "without_url": 0, "unusable": 0, "unverified": 0}
     for path in sorted(output.rglob("*_stats.json")):
         name = path.with_name(f"{path.name.removesuffix('_stats.json')}.tar").relative_to(output)
         if any(part.startswith(".") for part in name.parts) or not is_finished(output, name):
             continue
-        stats = json.loads(path.read_text())
+        try:
+            stats = json.loads(path.read_text())
+        except ValueError:
+            stats = None
+        if not isinstance(stats, dict) or "outcomes" not in stats:
+            raise SystemExit(
+                f"{output / name} is not of this script, by its {path.name}; img2dataset itself may have made it: name "
+                "another --output. scripts/join_datacompdr12m.sh takes such shards as they are"
+            )
         report["shards"] += 1
         report["samples"] += stats["count"]
         report["outcomes"].update(stats["outcomes"])
-        for count in ("without_url", "unverified"):
-            report[count] += stats[count]
+        for count in ("without_url", "unusable", "unverified"):
+            report[count] += stats.get(count, 0)
     return report
 
 
@@ -453,6 +531,8 @@ def table(report, output):
     rows = [(told.get(name, name), report["outcomes"][name]) for name in OUTCOMES]
     if report["without_url"]:
         rows.append(("without an address in the shard", report["without_url"]))
+    if report["unusable"]:
+        rows.append(("unusable in the shard (uid, json or name)", report["unusable"]))
     if report["unverified"]:
         rows.append(("downloaded, no sha256 to compare", report["unverified"]))
     width = max(len(label) for label, _ in rows)
@@ -563,6 +643,7 @@ def main(arguments=None):
         )
 
     args.output.mkdir(parents=True, exist_ok=True)
+    report_on(args.output)  # ends here if the folder holds shards of others
     rescue(args.output)
     todo = [name for name in names if not is_finished(args.output, name)]
     with Progress(len(todo)) as bar:

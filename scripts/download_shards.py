@@ -298,6 +298,8 @@ def stream(file, progress, stop):
                         return
                     partial.write(chunk)
                     progress(len(chunk))
+                    if partial.tell() > file.size:  # not the file, whatever else comes
+                        break
         partial.flush()
         os.fsync(partial.fileno())
 
@@ -318,7 +320,7 @@ def check(file, progress):
 def bring(file, planned, tries, bar, stop):
     """Bring a file, going on after interruptions, until ``tries`` in a row have brought nothing of it.
 
-    ``planned``: the bytes of it that the bar expects.
+    ``planned``: the bytes of it that the bar expects. Returns whether it was brought here, not by another run.
     """
 
     def progress(brought):
@@ -327,15 +329,16 @@ def bring(file, planned, tries, bar, stop):
 
     with locked(file, stop):
         bar.total += file.missing() - planned  # another run may have brought it, or some of it
-        fruitless = 0
+        fruitless, brought = 0, False
         while not file.is_there() and not stop.is_set():
             before = size_of(file.partial) or 0
             try:
                 stream(file, progress, stop)
                 if stop.is_set():
-                    return
+                    break
                 check(file, progress)
                 os.replace(file.partial, file.target)
+                brought = True
                 for older in file.partial.parent.glob(f"{file.target.name}.*.partial"):  # of an earlier commit
                     older.unlink()
             except (HTTPError, DownloadError) as error:
@@ -346,6 +349,7 @@ def bring(file, planned, tries, bar, stop):
                     raise
                 bar.write(f"{file.path}: {explain(error, file.repo)}; trying again", file=sys.stderr)
                 stop.wait(min(LONGEST_PAUSE, 2**fruitless))
+    return brought
 
 
 def prepare(files):
@@ -360,8 +364,11 @@ def prepare(files):
 
 
 def bring_all(files, workers, tries):
-    """Bring files, as many at once as there are workers; gives up when as many have failed. ``{File: why}``."""
-    stop, failed, planned = threading.Event(), {}, {file: file.missing() for file in files}
+    """Bring files, as many at once as there are workers; gives up when as many have failed.
+
+    Returns ``{File: why}`` of those, and how many files and bytes this run has brought: another may bring some of them.
+    """
+    stop, failed, planned, brought = threading.Event(), {}, {file: file.missing() for file in files}, 0
     pause = 0.5 if sys.stderr.isatty() else 30  # seconds between two states of the bar; less fills a log
     with (
         tqdm(total=sum(planned.values()), unit="B", unit_scale=True, smoothing=0, mininterval=pause) as bar,
@@ -371,7 +378,7 @@ def bring_all(files, workers, tries):
         try:
             for done, future in enumerate(as_completed(started), 1):
                 try:
-                    future.result()
+                    brought += future.result()
                 except (HTTPError, DownloadError, OSError) as error:
                     failed[started[future]] = explain(error, started[future].repo)
                 if len(failed) >= workers:
@@ -380,7 +387,7 @@ def bring_all(files, workers, tries):
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    return failed
+    return failed, brought, bar.n
 
 
 def parse_arguments(arguments):
@@ -440,15 +447,16 @@ def main(arguments=None):
         return
 
     files.sort(key=lambda file: (file.is_shard, file.path))  # the same shards of all data sets, one after another
-    start, size = time.monotonic(), sum(file.missing() for file in files)
+    start = time.monotonic()
     sys.stdout.flush()
     prepare(files)
-    failed = bring_all(files, args.workers, args.tries)
+    failed, brought, size = bring_all(files, args.workers, args.tries)
     left = [file for file in files if not file.is_there()]
     if failed:
         file, why = next(iter(failed.items()))
         raise SystemExit(f"{len(left)} of {len(files)} files are missing. {file.path}: {why}. Run it again to go on")
-    print(f"brought {len(files)} files, {in_bytes(size)}, in {time.monotonic() - start:.0f} s")
+    others = f"; another run brought {len(files) - brought}" if brought < len(files) else ""
+    print(f"brought {brought} files, {in_bytes(size)}, in {time.monotonic() - start:.0f} s{others}")
 
 
 if __name__ == "__main__":

@@ -428,7 +428,7 @@ def read_sizes(folder):
         sizes = json.loads(path.read_text())
         if not isinstance(sizes, dict) or not all(isinstance(number, int) for number in sizes.values()):
             raise ValueError("expected an object of whole numbers by shard")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SystemExit(f"{path} can't be read: {error}; run the join again, or remove it") from None
     return sizes
 

@@ -15,6 +15,7 @@ class Page(NamedTuple):
     headers: dict = {}  # noqa: RUF012, not changed
     cut: int = 0  # bytes that are announced, and not sent
     first_status: int | None = None  # of the first answer only
+    drip: int = 0  # bytes that a header grows by, one in a tenth of a second
     slow: bool = False  # answers when the server is released, or after 90 s
 
 
@@ -30,9 +31,18 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(page.first_status if first and page.first_status else page.status)
         for name, value in page.headers.items():
             self.send_header(name, value)
+        if page.drip:
+            self.flush_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"X-Drip: ")
+                for _ in range(page.drip):
+                    if server.released.wait(0.1):
+                        break
+                    self.wfile.write(b"x")
+                self.wfile.write(b"\r\n")
         self.send_header("Content-Length", str(len(page.body)))
-        self.end_headers()
         with contextlib.suppress(OSError):  # a client that has given up
+            self.end_headers()
             self.wfile.write(page.body[: len(page.body) - page.cut])
 
     def log_message(self, *_):

@@ -138,6 +138,7 @@ class Web(Folders):
             1: ("downloaded", None, page("/big", self.big), self.big),
             2: ("downloaded", None, page("/alpha", self.alpha), self.alpha),
             3: ("downloaded", None, redirect("/moved", page("/new")), self.plain),
+            4: ("downloaded", None, page("/a%20%E7%8B%97%2B").replace("%20%E7%8B%97", " 狗"), self.plain),
             10: ("downloaded", None, page("/spaces") + " \n", self.plain),
             11: ("dead", "404", server.url("/missing"), self.plain),
             12: ("dead", "500", page("/broken", status=500), self.plain),
@@ -211,6 +212,18 @@ def test_answers_are_bounded_in_bytes_and_seconds(server, monkeypatch, bound, va
     monkeypatch.setattr(download_images, bound, value)
     with pytest.raises((ValueError, TimeoutError), match=words):
         download_images.http_opener().open(url, timeout=10).read()
+
+
+def test_address_that_drips_is_given_up_in_its_headers_and_over_redirects(server, monkeypatch):
+    monkeypatch.setattr(download_images, "MAX_SECONDS", 1)
+    endless = server.add("/drip", drip=300)
+    last = server.add("/drip/0", b"there", drip=6)  # alone it is in time
+    assert download_images.http_opener().open(last, timeout=10).read() == b"there"
+    for i in range(1, 4):
+        last = server.add(f"/drip/{i}", status=302, headers={"Location": last}, drip=6)
+    for url in (endless, last):
+        with pytest.raises(TimeoutError):
+            download_images.http_opener().open(url, timeout=10).read()
 
 
 def test_json_carries_uid_and_the_sha256_of_the_bytes_as_downloaded(web):
@@ -372,6 +385,57 @@ def test_a_shard_that_could_not_be_written_whole_is_not_taken_for_finished(folde
     assert folders.download("--no-verify-hash").returncode == 0
     assert len(folders.downloaded("00000000.tar")) == 8
     assert folders.report()["unverified"] == 8
+
+
+def test_finished_downloads_are_kept_until_the_shard_can_be_written(folders, server):
+    body = encode(picture(5))
+    folders.write("00000000.tar", [(i, server.add(f"/kept/{i}", body), body) for i in range(3)])
+    obstacle = folders.images / "00000000.tar"
+    obstacle.mkdir(parents=True)  # as a full disk would be, but at once
+    for _ in range(2):  # img2dataset done, and then what a run finds that another has left
+        done = folders.download()
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and last.startswith(f"{obstacle}: ") and "make room" in last, done.stderr
+        assert "Traceback" not in done.stderr
+    obstacle.rmdir()
+    assert folders.download().returncode == 0
+    assert list(folders.downloaded("00000000.tar")) == [uid(i) for i in range(3)]
+    assert {server.hits[f"/kept/{i}"] for i in range(3)} == {1}, "they were fetched again"
+    assert not any((folders.images / ".img2dataset").iterdir())
+
+
+def test_strange_metadata_costs_no_other_sample(folders, server):
+    body = encode(picture(6))
+    url = server.add("/strange", body).encode()
+
+    def sample(key, about):
+        return key, {"url.txt": url, "json": about}
+
+    about = {"sha256": hashlib.sha256(body).hexdigest()}
+    samples = [sample(uid(i), json.dumps({"uid": uid(i), **about}).encode()) for i in range(2)]
+    samples.append(sample(uid(2), b'{"sha256": "\\ud800"}'))
+    bad = [sample("a", b'{"uid": "\\ud800"}'), sample("b", b"["), sample("c", b"[" * 200_000)]
+    write_shard(folders.captions / "00000000.tar", [*samples, *bad, (uid(3), {"txt": b"no address"})])
+    left = folders.images / ".img2dataset" / "new-left"
+    left.mkdir(parents=True)  # by a run that was killed at its beginning, long ago
+    os.utime(left, (0, 0))
+    done = folders.download()
+    assert done.returncode == 0, done.stderr
+    assert list(folders.downloaded("00000000.tar")) == [uid(i) for i in range(3)]
+    report = folders.report()
+    assert [report[count] for count in ("samples", "unverified", "unusable", "without_url")] == [3, 1, 3, 1]
+    assert re.search(r"^without an address in the shard +1 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^unusable in the shard .* 3 ", done.stdout, re.MULTILINE)
+    assert not any((folders.images / ".img2dataset").iterdir())
+
+    # what img2dataset itself made isn't taken for this script's
+    write_shard(folders.images / "00000007.tar", [])
+    (folders.images / "00000007_stats.json").write_text('{"count": 3, "successes": 3, "duration": 1.5}')
+    done = folders.download()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (
+        "00000007.tar is not of this script" in done.stderr.splitlines()[-1] and "name another --output" in done.stderr
+    )
 
 
 # bad input

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -96,6 +98,11 @@ def brought(folder):
 
 def partials(folder):
     return {path: path.stat().st_size for path in folder.rglob("*.partial")}
+
+
+def half_way(folder):
+    """Whether a shard has begun to come and is far from its end."""
+    return any(0 < size < SIZE // 2 for size in partials(folder).values())
 
 
 def bytes_in(*folders):
@@ -217,7 +224,7 @@ def test_broken_transfer_goes_on_where_it_broke(place, redirect):
 def test_killed_run_is_run_again_and_brings_only_what_is_missing(place, how):
     with hub_server(place.repos, slow=0.05) as hub:
         process = place.start(hub, "--shards", "0-3", WORKERS="3")
-        until(lambda: len(list(place.captions.glob("*.tar"))) >= 1 and sum(partials(place.folder).values()), process)
+        until(lambda: list(place.captions.glob("*.tar")) and half_way(place.folder), process)
         os.killpg(process.pid, how)
         _, errors = process.communicate(timeout=30)
     assert process.returncode != 0 and "Traceback" not in errors
@@ -237,9 +244,12 @@ def test_killed_run_is_run_again_and_brings_only_what_is_missing(place, how):
 def test_two_runs_at_once_share_the_work(place):
     with hub_server(place.repos, slow=0.02) as hub:
         runs = [place.start(hub, "--shards", "0-3", WORKERS="2") for _ in range(2)]
+        files = 0
         for process in runs:
-            _, errors = process.communicate(timeout=100)
+            said, errors = process.communicate(timeout=100)
             assert process.returncode == 0, errors
+            files += sum(map(int, re.findall(r"^brought (\d+) files", said, re.MULTILINE)))
+        assert files == len(brought(place.captions)) + len(brought(place.reinforcements)), "each counts its own"
         assert Counter(request.path for request in hub.gets(".tar")).most_common(1)[0][1] == 1
         assert hub.sent(".tar") == 8 * SIZE
     assert place.same(place.captions, CAPTIONS) and place.same(place.reinforcements, FP32)
@@ -257,6 +267,20 @@ def test_partial_file_with_other_bytes_is_found_out_and_brought_anew(place):
         run = place.run(hub, "--shards", "0")
     assert run.returncode == 0 and "SHA-256" in run.stderr
     assert place.same(place.captions, CAPTIONS) and "00000000.tar" in brought(place.captions)
+
+
+def test_answer_that_does_not_end_is_ended_soon_after_the_files_size(place, monkeypatch):
+    listed = download_shards.File(CAPTIONS, "main", "00000000.tar", 1000, "0" * 64, True, place.captions)
+    download_shards.prepare([listed])
+    come = []
+    with hub_server(place.repos) as hub:  # whose file has SIZE bytes
+        url = f"{hub.url}/datasets/{CAPTIONS}/resolve/main/00000000.tar"
+        monkeypatch.setattr(download_shards, "hf_hub_url", lambda *_, **__: url)
+        download_shards.stream(listed, come.append, threading.Event())
+        assert 1000 < sum(come) < SIZE // 2
+        with pytest.raises(download_shards.DownloadError, match="not what the Hub lists"):
+            download_shards.check(listed, come.append)
+    assert sum(come) == 0 and not partials(place.captions)
 
 
 # what is refused

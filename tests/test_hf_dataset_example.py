@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import hub_server
+from image_server import serving
 from PIL import Image, ImageOps
 from shards import encode, picture, stored_embeddings, uid, write_shard
 
@@ -227,6 +228,7 @@ def no_picture(web, case):
         "another picture": ("changed picture", {"url.txt": f"{web.url}/99.jpg".encode()}),
         "no picture": ("undecodable image", {"url.txt": f"{web.url}/page.jpg".encode(), "json": page}),
         "no hash": ("no picture, and no address", {"url.txt": url.encode(), "json": b"{}"}),
+        "deep json": ("no picture, and no address", {"url.txt": url.encode(), "json": b"[" * 200_000}),
         "no json": ("no picture, and no address", {"url.txt": url.encode(), "json": b"["}),
         "no captions": ("unreadable syn.json", {"syn.json": b"[]"}),
         "empty caption": ("empty caption", {"txt": b" ", "url.txt": url.encode()}),
@@ -238,6 +240,7 @@ def no_picture(web, case):
 CASES = (
     *("404", "refused", "file", "ftp", "no scheme", "bad port", "bad host", "redirect to file", "redirect to ftp"),
     *("redirect for ever", "too long", "cut off", "another picture", "no picture", "no hash", "no json"),
+    "deep json",
     *("no captions", "empty caption", "other boxes", "other rows"),
 )
 
@@ -258,6 +261,14 @@ def test_addresses_with_spaces_and_other_letters_are_fetched(tmp_path, web, caps
     shard = write_shard(tmp_path / SHARD, [sample(0, web.url, **{"url.txt": f"{web.url}/a 狗%2B.jpg\n".encode()})])
     example.main(["--shard", str(shard)])
     assert capsys.readouterr().err == ""
+
+
+def test_address_that_drips_is_given_up(tmp_path, web, monkeypatch, capsys):
+    monkeypatch.setattr(example, "TIMEOUT", 1)
+    with serving() as server:
+        drips = sample(0, "", **{"url.txt": server.add("/drip", drip=300).encode()})
+        example.main(["--shard", str(write_shard(tmp_path / SHARD, [drips, sample(1, web.url)]))])
+    assert capsys.readouterr().err.startswith("sample 0 is left out: dead link")
 
 
 def test_only_so_many_samples_are_tried(tmp_path, web, capsys):
@@ -286,7 +297,7 @@ def test_joined_shard_needs_no_network_and_has_the_original_caption(tmp_path, ca
     [
         (["--index", "2"], "has no sample 2"),
         (["--augmentation", "30"], "--augmentation 30: this sample has 30"),
-        (["--teacher-dimension", "768", "512"], "--teacher-dimension 768 512 doesn't fit"),
+        (["--teacher-dimension", "768", "512"], "the teachers' widths are 768 and 512"),
         (["--teacher-dimension", "1536"], "--teacher-dimension 1536 doesn't fit"),
         (["--config", "nowhere.json"], "--config nowhere.json can't be used"),
     ],
@@ -294,6 +305,27 @@ def test_joined_shard_needs_no_network_and_has_the_original_caption(tmp_path, ca
 def test_what_the_shard_does_not_have_is_refused_in_one_line(tmp_path, arguments, message):
     shard = write_shard(tmp_path / SHARD, [sample(seed, "", joined=True) for seed in range(2)])
     assert message in error_of("--shard", shard, *arguments)
+
+
+def test_unequal_widths_are_those_of_the_configs_models(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(count):
+        blocks = [torch.randn(count, width, generator=generator) for width in (512, 768)]
+        return torch.cat([torch.nn.functional.normalize(block, dim=1) for block in blocks], dim=1)
+
+    changed = {"npz": stored_embeddings(rows(30), rows(6))}
+    joined = write_shard(tmp_path / SHARD, [sample(0, "", joined=True, **changed)])
+    # a picture is asked for only where the widths are right
+    alone = write_shard(tmp_path / "alone" / SHARD, [sample(0, "http://127.0.0.1:1", **changed)])
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**CONFIG, "model_name": "ViT-B-32,ViT-L-14"}))
+    example.main(["--shard", str(joined), "--config", str(config)])
+    assert "teacher 1: ViT-L-14" in capsys.readouterr().out
+    assert "1280 numbers in an embedding, and the teachers' widths are 768 and 768" in error_of("--shard", alone)
+    config.write_text(json.dumps({**CONFIG, "model_name": "ViT-B-32,NoSuchModel"}))
+    assert "--teacher-dimension" in error_of("--shard", alone, "--config", config)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
