@@ -1,14 +1,14 @@
 """The WebDataset stages that make training batches of joined shards.
 
-OpenCLIP's pipeline is shards → tar reader → shuffle → decode → batch. The patch puts four stages of ours into it:
+OpenCLIP's pipeline is shards → tar reader → shuffle → decode → batch. The patch puts five stages of ours into it:
 
-    shards → ``shards`` → tar reader → ``read`` → shuffle → ``prepare`` → ``used`` → batch
+    shards → ``shards`` → ``open`` → ``read`` → shuffle → ``prepare`` → ``used`` → batch
 
-``read`` keeps what training needs of a sample, before the shuffle buffer: with ``--dataset-reinforcement`` one drawn
-augmentation, its captions and their embeddings, without it image and caption. ``prepare`` (reinforced training only, in
-the place of OpenCLIP's own decoding) makes tensors. ``shards`` and ``used`` count, so that a worker that finds nothing
-it can use stops the run instead of looping for ever. A bad sample is skipped with a counted warning and costs nothing
-else.
+``open`` reads tars (plain training: OpenCLIP's own reader does). ``read`` keeps what training needs of a sample, before
+the shuffle buffer: with ``--dataset-reinforcement`` one drawn augmentation, its captions and their embeddings, else the
+image and caption. ``prepare`` (reinforced training only, in the place of OpenCLIP's own decoding) makes tensors; pixels
+stay uint8 until they are on the device. ``shards`` and ``used`` count, so that a worker that finds nothing it can use
+stops the run instead of looping for ever. A bad sample is skipped with a counted warning and costs nothing else.
 """
 
 import json
@@ -17,19 +17,25 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 
+import numpy as np
+import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 from torchvision.transforms import InterpolationMode
 
 from .reinforcement import IMAGE_MEMBERS, PLAIN_MEMBERS, REINFORCED_MEMBERS, BadSample, decode_image, draw, missing
-from .transforms import compose_from_config
+from .tar import read_members
+from .transforms import compose_from_config, split_for_device
 
 # A worker gives up after all of its shards, or this many, and a shuffle buffer's worth of samples beyond, when not one
 # sample of them could be used. DataComp-12M has 12,500 samples in a shard.
 SHARDS_WITHOUT_A_USABLE_SAMPLE = 10
+USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
 SHUFFLE_BUFFER = 5000  # OpenCLIP's _SAMPLE_SHUFFLE_SIZE
+BLOCK = 16  # samples that are read before they are drawn from: the processor's caches stay with one thing (3 % of all)
 WARNINGS_OF_A_KIND = 5  # then the 10th, the 100th, …
 
 
@@ -63,6 +69,12 @@ class UsableSamples:
                     self._give_up()
             self.opened.add(shard["url"])
             yield shard
+
+    def count_read(self, src: Iterable) -> Iterator:
+        """A stage over the samples that come out of the shards."""
+        for sample in src:
+            self.read += 1
+            yield sample
 
     def count_used(self, src: Iterable) -> Iterator:
         """A stage over the samples that are about to be batched."""
@@ -133,29 +145,61 @@ def student_augmentation(config: dict, preprocess: Callable, interpolation: str 
     }
 
 
-def draw_reinforcements(samples, compose, width, mix_ratio, src: Iterable[dict]) -> Iterator[dict]:
-    """Choose an augmentation, captions and their embeddings for each sample; see ``reinforcement.draw``."""
-    for sample in src:
-        samples.read += 1
-        try:
-            drawn = draw(sample, compose, random, mix_ratio, width)  # torch seeds `random` for each rank and worker
-        except BadSample as error:
-            if error.reason == "embedding width" and not samples.drawn_ever:
-                raise ValueError(
-                    f"{sample.get('__key__')} of {sample.get('__url__')}: {error} by --distill-teacher-dimension"
-                ) from error
-            samples.skip(sample, error)
-            continue
-        samples.drawn_ever = True
-        yield drawn
-
-
-def apply_reinforcements(samples, compose, tokenizer, src: Iterable[dict]) -> Iterator[tuple]:
-    """Decode, augment and tokenise drawn samples.
+def tar_to_samples(src: Iterable[dict]) -> Iterator[dict]:
+    """Read the members that reinforced training uses out of tars; a damaged one is told, and given up where it breaks.
 
     Yields:
-        image float32 ``[3, H, W]``, texts int64 ``[captions, L]``, image_emb float32 ``[ΣD_k]``, text_emb float32
-        ``[captions, ΣD_k]``.
+        Members by extension, with ``__key__`` and ``__url__``, grouped as WebDataset does: members of one sample stand
+        side by side, and their key is what comes before the first dot of the file's name.
+    """
+    for shard in src:
+        url, sample = shard["url"], {}
+        try:
+            with wds.gopen(url) as stream:
+                for name, data in read_members(stream, lambda name: wds_key(name)[1].lower() in USED_MEMBERS):
+                    key, extension = wds_key(name)
+                    extension = extension.lower()
+                    if sample and (key != sample["__key__"] or extension in sample):
+                        yield sample
+                        sample = {}
+                    sample.update({"__key__": key, "__url__": url, extension: data})
+        except Exception as error:  # streams of all kinds: files, pipes, HTTP
+            logging.warning(f"Gave up shard {url}: {type(error).__name__}: {error}")
+        if sample:
+            yield sample
+
+
+def wds_key(name: str) -> tuple[str, str]:
+    """A member's key and extension: the name up to the first dot after the last slash, and what follows it."""
+    start = name.rfind("/") + 1
+    stem, _, extension = name[start:].partition(".")
+    return name[:start] + stem, extension if stem else ""
+
+
+def draw_reinforcements(samples, compose, width, mix_ratio, src: Iterable[dict]) -> Iterator[dict]:
+    """Choose an augmentation, captions and their embeddings for each sample; see ``reinforcement.draw``."""
+    src = samples.count_read(src)
+    while block := list(islice(src, BLOCK)):
+        for sample in block:
+            try:
+                drawn = draw(sample, compose, random, mix_ratio, width)  # torch seeds `random` for each rank and worker
+            except BadSample as error:
+                if error.reason == "embedding width" and not samples.drawn_ever:
+                    raise ValueError(
+                        f"{sample.get('__key__')} of {sample.get('__url__')}: {error} by --distill-teacher-dimension"
+                    ) from error
+                samples.skip(sample, error)
+                continue
+            samples.drawn_ever = True
+            yield drawn
+
+
+def apply_reinforcements(samples, compose, src: Iterable[dict]) -> Iterator[dict]:
+    """Decode and augment drawn samples.
+
+    Yields:
+        ``image`` uint8 ``[H, W, 3]``, ``captions`` list of str, ``image_emb`` ``[ΣD_k]``, ``text_emb`` ``[captions,
+        ΣD_k]``.
     """
     for sample in src:
         try:
@@ -164,14 +208,50 @@ def apply_reinforcements(samples, compose, tokenizer, src: Iterable[dict]) -> It
                 image, _ = compose.reapply(img, sample["params"])
             except ValueError as error:
                 raise BadSample("augmentation parameters", error) from error
-            try:
-                texts = tokenizer(sample["captions"])
-            except Exception as error:  # tokenizers raise what they like
-                raise BadSample("captions that can't be tokenised", repr(error)) from error
         except BadSample as error:
             samples.skip(sample, error)
             continue
-        yield image, texts, sample["image_emb"], sample["text_emb"]
+        yield {**sample, "image": image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))}
+
+
+def batch_reinforced(samples, tokenizer, statistics, batch_size, src: Iterable[dict]) -> Iterator[tuple]:
+    """Tokenise and stack; what is left over at the end is dropped, as OpenCLIP does in training.
+
+    A batch's captions are tokenised at once: one by one between images it takes three times as long, as neither finds
+    the processor's caches as it left them.
+
+    Yields:
+        The batches of :func:`training_stages`.
+    """
+
+    def tokenised(rows):
+        captions = [caption for row in rows for caption in row["captions"]]
+        return tokenizer(captions).unflatten(0, (len(rows), -1))
+
+    rows = []
+    for sample in src:
+        rows.append(sample)
+        if len(rows) < batch_size:
+            continue
+        try:
+            texts = tokenised(rows)
+        except Exception:  # tokenizers raise what they like; only whose captions it was is left out
+            rows = [row for row in rows if _can_be_tokenised(samples, tokenised, row)]
+            continue
+        images, image_emb, text_emb = (
+            torch.stack([row[n] for row in rows]) for n in ("image", "image_emb", "text_emb")
+        )
+        yield images, texts, image_emb, text_emb, statistics
+        rows = []
+
+
+def _can_be_tokenised(samples, tokenised, row: dict) -> bool:
+    try:
+        tokenised([row])
+    except Exception as error:
+        samples.skip(row, BadSample("captions that can't be tokenised", repr(error)))
+        return False
+    return True
 
 
 def training_stages(
@@ -187,13 +267,16 @@ def training_stages(
         num_shards: how many there are.
 
     Returns:
-        ``shards``, ``read``, ``used`` as in the module's docstring, and ``prepare``: a list of stages up to the batches
-        ``(images [B, 3, H, W], texts [B, captions, L], image_emb [B, ΣD_k], text_emb [B, captions, ΣD_k])``, or None.
+        ``shards``, ``open``, ``read``, ``used`` as in the module's docstring, and ``prepare``: a list of stages up to
+        the batches ``(images uint8 [B, H, W, 3], texts [B, captions, L], image_emb [B, ΣD_k], text_emb [B, captions,
+        ΣD_k], statistics [2, 3])``, which ``step.unpack_batch`` takes. ``open`` and ``prepare`` are None where
+        OpenCLIP's own stages serve.
     """
     reinforced = is_train and args.dataset_reinforcement
     samples = UsableSamples(num_shards, REINFORCED_MEMBERS if reinforced else PLAIN_MEMBERS)
     stages = SimpleNamespace(
         shards=samples.shards,
+        open=None,
         read=partial(keep_image_and_caption, samples),
         prepare=None,
         used=samples.count_used if is_train else iter,  # with few validation shards some workers have none
@@ -201,15 +284,17 @@ def training_stages(
     if reinforced:
         with open(args.dataset_reinforcement_config) as file:
             config = json.load(file)["reinforce"]["image_augmentation"]
-        compose = compose_from_config(student_augmentation(config, preprocess, args.image_interpolation))
+        config = student_augmentation(config, preprocess, args.image_interpolation)
+        compose, statistics = split_for_device(compose_from_config(config))
         dimensions = args.distill_teacher_dimension
         width = None if dimensions == [-1] else sum(dimensions)
         mixed = args.dataset_reinforcement_mix_synthetic
         mix_ratio = args.dataset_reinforcement_mix_synthetic_ratio if mixed else None
+        stages.open = tar_to_samples
         stages.read = partial(draw_reinforcements, samples, compose, width, mix_ratio)
         stages.prepare = [
-            partial(apply_reinforcements, samples, compose, tokenizer),
+            partial(apply_reinforcements, samples, compose),
             samples.count_used,
-            wds.batched(args.batch_size, partial=False),
+            partial(batch_reinforced, samples, tokenizer, statistics, args.batch_size),
         ]
     return stages

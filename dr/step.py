@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .transforms import to_normalized
+
 
 def unpack_batch(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Split a batch into what the model encodes and what only the loss sees.
@@ -17,7 +19,7 @@ def unpack_batch(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor,
     Args:
         batch: ``(images [B, 3, H, W], texts [B, L])``, or the reinforced batch of ``data.training_stages`` with
             C = 1 or 2 captions for each image.
-        device: where the teacher features are moved.
+        device: where a reinforced batch's images and teacher features are moved.
 
     Returns:
         images, texts (reinforced: ``[C·B, L]``, all first captions, then all second ones), and the teacher features by
@@ -26,7 +28,8 @@ def unpack_batch(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor,
     if len(batch) == 2:
         images, texts = batch
         return images, texts, {}
-    images, texts, image_emb, text_emb = batch
+    images, texts, image_emb, text_emb, statistics = batch
+    images = to_normalized(images.to(device=device, non_blocking=True), statistics)
     names = ("dist_text_features", "dist_syn_text_features")
     teacher = {"dist_image_features": image_emb, **dict(zip(names, text_emb.unbind(1), strict=False))}
     teacher = {name: features.to(device=device, non_blocking=True) for name, features in teacher.items()}

@@ -365,6 +365,35 @@ class Compose:
         return {name: self.transforms[name].parse(entry) for name, entry in zip(self.random, compressed, strict=True)}
 
 
+def split_for_device(compose: Compose) -> tuple[Compose, torch.Tensor]:
+    """Leave the last steps, ``to_tensor`` and ``normalize``, to :func:`to_normalized`, on the device and for a batch.
+
+    Returns:
+        A Compose that ends with a PIL image (a tensor where it erases, which is done on one), and mean and standard
+        deviation, float32 ``[2, 3]``. The two together give what ``compose`` gives, bit for bit on a CPU.
+    """
+    normalize = compose.transforms["normalize"]
+    late = ("normalize",) if "random_erase" in compose.transforms else ("to_tensor", "normalize")
+    early = {name: transform for name, transform in compose.transforms.items() if name not in late}
+    return Compose(early), torch.tensor([normalize.mean, normalize.std])
+
+
+def to_normalized(images: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
+    """Pixels as the model takes them.
+
+    Args:
+        images: uint8 ``[B, H, W, 3]``, or float32 ``[B, 3, H, W]`` in 0 … 1.
+        statistics: as returned by :func:`split_for_device`, on any device.
+
+    Returns:
+        float32 ``[B, 3, H, W]``, normalised.
+    """
+    if images.dtype == torch.uint8:
+        images = images.permute(0, 3, 1, 2).contiguous().float().div(255)
+    mean, std = statistics.to(images.device)[:, None, :, None, None]
+    return images.sub(mean).div(std)
+
+
 def _as_lists(value: Any) -> Any:
     return [_as_lists(v) for v in value] if isinstance(value, tuple) else value
 

@@ -72,8 +72,6 @@ from shard_index import UnalignedSource
 from shard_members import CHUNK, HEADER_BUFFER, IMAGES, ShardError, open_files, read_contents, read_json, same, scan
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr, with --embeddings bf16
-
 VERSION = 2  # of the bytes this script writes; raise it to have old shards joined again
 GZIP_LEVEL = 1  # of bf16 embeddings; 9 saves 1 % more (benchmark_join.py)
 BUFFER = (

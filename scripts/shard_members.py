@@ -11,11 +11,15 @@ import json
 import os
 import re
 import struct
+import sys
 import tarfile
-import zlib
 from collections.abc import MutableMapping
 from itertools import starmap
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
+from dr.tar import plain_member
 
 JSON_LIMIT = 10_000_000  # bytes; a larger <key>.json is refused, not read
 TAIL_LIMIT = 1 << 20  # bytes of zeros that may follow a tar's last member: some tools pad this far
@@ -117,22 +121,6 @@ class Contents(NamedTuple):
 
     samples: Samples
     refused: dict  # uid -> why this sample can't be used
-
-
-def plain_member(header):
-    """``(name, size)`` of a plain file's ustar header, as nearly all are; None: tarfile is to look at it.
-
-    tarfile takes several times as long, which is what the time of a join is made of.
-    """
-    size, checksum = header[124:136].rstrip(b"\0 "), header[148:156].rstrip(b"\0 ")
-    if header[156:157] != b"0" or header[257:262] != b"ustar" or header[345:346] != b"\0":
-        return None  # not a plain file, or a name in two parts
-    if not (size.isdigit() and checksum.isdigit()) or size.strip(b"01234567") or checksum.strip(b"01234567"):
-        return None
-    # the lower half of Adler-32 is the sum of all bytes; a header's checksum counts its own field as eight spaces
-    if (zlib.adler32(header) & 0xFFFF) != (1 + int(checksum, 8) - 8 * 32 + sum(header[148:156])) % 65521:
-        return None
-    return header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"), int(size, 8)
 
 
 def scan(file, start=0, end=None):

@@ -47,7 +47,8 @@ def gradients(model_config, options, captions, parts):
         torch.randn(BATCH, WIDTH),
         torch.randn(BATCH, captions, WIDTH),
     )
-    loader = Loader(zip(*(tensor.chunk(parts) for tensor in whole), strict=True))
+    statistics = torch.tensor([[0.0] * 3, [1.0] * 3])  # what images are normalised with
+    loader = Loader(zip(*(tensor.chunk(parts) for tensor in whole), [statistics] * parts, strict=True))
     data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     train_one_epoch(model, data, create_loss(args), 0, optimizer, None, None, None, args)

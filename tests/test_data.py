@@ -13,7 +13,9 @@ from shards import AUGMENTATION, reinforced_sample, uid, write_reinforced_shards
 from torchvision import transforms as T
 
 from dr.data import UsableSamples, student_augmentation, training_stages
-from dr.reinforcement import PLAIN_MEMBERS
+from dr.reinforcement import PLAIN_MEMBERS, decode_image
+from dr.step import unpack_batch
+from dr.transforms import compose_from_config, split_for_device, to_normalized
 
 
 def preprocess(size=24, interpolation=T.InterpolationMode.BICUBIC, mean=(0.5, 0.4, 0.3)):
@@ -50,13 +52,15 @@ def pipeline(args, shards, repeat=True, is_train=True):
     shards = wds.SimpleShardList(shards).urls
     stages = training_stages(args, preprocess(), tokenizer, is_train, len(shards))
     source = ({"url": url} for url in (itertools.cycle(shards) if repeat else shards))
-    return wds.DataPipeline(lambda: source, stages.shards, wds.tarfile_to_samples(), stages.read, *stages.prepare)
+    return wds.DataPipeline(lambda: source, stages.shards, stages.open, stages.read, *stages.prepare)
 
 
 def test_a_batch_holds_images_texts_and_the_rows_that_belong_to_them(tmp_path):
     random.seed(0)
-    images, texts, image_emb, text_emb = next(iter(pipeline(options(tmp_path), write_reinforced_shards(tmp_path))))
-    assert images.shape == (8, 3, 24, 24) and images.dtype == torch.float32
+    batch = next(iter(pipeline(options(tmp_path), write_reinforced_shards(tmp_path))))
+    images, texts, image_emb, text_emb, statistics = batch
+    assert images.shape == (8, 24, 24, 3) and images.dtype == torch.uint8
+    assert torch.equal(statistics, torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.2, 0.2]]))
     assert texts.shape == (8, 2, 2) and image_emb.shape == (8, 12) and text_emb.shape == (8, 2, 12)
     assert torch.equal(texts[:, :, 1], torch.arange(8)[:, None].expand(8, 2))  # the samples, in order
     assert (texts[:, 0, 0] == 0).all() and (texts[:, 1, 0] > 0).all()
@@ -65,9 +69,6 @@ def test_a_batch_holds_images_texts_and_the_rows_that_belong_to_them(tmp_path):
 
 
 def test_the_image_is_the_stored_augmentation_at_the_students_size_and_normalisation(tmp_path):
-    from dr.reinforcement import decode_image
-    from dr.transforms import compose_from_config
-
     random.seed(1)
     batch = next(iter(pipeline(options(tmp_path), write_reinforced_shards(tmp_path))))
     config = {
@@ -76,17 +77,28 @@ def test_the_image_is_the_stored_augmentation_at_the_students_size_and_normalisa
         "normalize": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]},
     }
     compose = compose_from_config(config)
-    for seed, (image, row) in enumerate(zip(batch[0], batch[2][:, 0], strict=True)):
+    images, _, _ = unpack_batch(batch, torch.device("cpu"))
+    for seed, (image, row) in enumerate(zip(images, batch[2][:, 0], strict=True)):
         sample = reinforced_sample(seed)
         params = json.loads(sample["paug.json"])["param_aug"][round(float(row - seed) * 64)]
         assert torch.equal(image, compose.reapply(decode_image(sample), compose.decompress(params))[0])
+
+
+def test_erased_images_are_the_stored_augmentation_too(tmp_path):
+    """Erasing is done on floats, so these images leave the worker as such."""
+    config = {**AUGMENTATION, "random_erase": {"p": 1.0, "value": 0.3}}
+    compose = compose_from_config(student_augmentation(config, preprocess()))
+    img = decode_image(reinforced_sample(0))
+    whole, params = compose(img)
+    early, statistics = split_for_device(compose)
+    assert torch.equal(to_normalized(early.reapply(img, params)[0][None], statistics)[0], whole)
 
 
 def test_one_caption_an_image_when_mixing(tmp_path):
     args = options(
         tmp_path, dataset_reinforcement_mix_synthetic=True, dataset_reinforcement_mix_synthetic_ratio=0.5, batch_size=40
     )
-    _, texts, _, text_emb = next(iter(pipeline(args, write_reinforced_shards(tmp_path))))
+    _, texts, _, text_emb, _ = next(iter(pipeline(args, write_reinforced_shards(tmp_path))))
     assert texts.shape == (40, 1, 2) and text_emb.shape == (40, 1, 12)
     assert torch.equal(text_emb[:, :, 0], -texts[:, :, 1] - texts[:, :, 0] / 64)
     assert 8 <= (texts[:, 0, 0] > 0).sum() <= 32

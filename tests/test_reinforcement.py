@@ -109,7 +109,7 @@ BROKEN = {
     "too many text rows": (broken(npz=rows(text=5)), "row counts disagree: text_emb has 5 rows for 4 captions"),
     "another width": (broken(npz=rows(width=11)), "embedding width: image_emb is 11 wide, expected 12"),
     "not finite": (broken(npz=rows(fill=float("nan"))), "embeddings are not finite"),
-    "integers": (broken(npz=npz(image_emb=np.ones((4, 12), int), text_emb=np.ones((4, 12)))), "image_emb is torch.int"),
+    "integers": (broken(npz=npz(image_emb=np.ones((4, 12), int), text_emb=np.ones((4, 12)))), "image_emb is int64"),
     "one array": (broken(npz=npz(image_emb=np.zeros((4, 12)))), "unreadable npz: KeyError"),
     "short npz": (broken(npz=rows()[:-200]), "unreadable npz"),
     "no npz": (broken(npz=b"hello"), "unreadable npz"),

@@ -1,22 +1,26 @@
 """A reinforced batch goes through the training step with its rows in place."""
 
 import torch
+from torchvision.transforms import functional as F
 
 from dr.step import add_teacher, share_of_gradient, unpack_batch
 
+STATISTICS = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])
+
 
 def reinforced_batch(size=5, captions=2):
-    images = torch.zeros(size, 3, 2, 2)
+    images = torch.arange(size * 12, dtype=torch.uint8).reshape(size, 2, 2, 3)
     texts = (
         torch.arange(size)[:, None, None] * 10 + torch.arange(captions)[None, :, None] + torch.zeros(1, 1, 7, dtype=int)
     )
-    return images, texts, torch.rand(size, 4), torch.rand(size, captions, 4)
+    return images, texts, torch.rand(size, 4), torch.rand(size, captions, 4), STATISTICS
 
 
 def test_texts_become_one_batch_originals_first_and_are_split_again():
     batch = reinforced_batch()
     images, texts, teacher = unpack_batch(batch, torch.device("cpu"))
-    assert images is batch[0]
+    pixels = torch.stack([F.to_tensor(image.numpy()) for image in batch[0]])
+    assert torch.equal(images, F.normalize(pixels, *STATISTICS.tolist()))
     assert texts[:, 0].tolist() == [0, 10, 20, 30, 40, 1, 11, 21, 31, 41]
     out = add_teacher({"image_features": images, "text_features": texts, "logit_scale": torch.tensor(1.0)}, teacher)
     assert out["text_features"][:, 0].tolist() == [0, 10, 20, 30, 40]
