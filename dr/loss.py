@@ -24,7 +24,11 @@ import torch
 import torch.distributed
 import torch.distributed.nn
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
+
+# Elements of local × global batch that are in memory at once; there are up to five such matrices, of 4 bytes each.
+CHUNK = {"cpu": 2**21}
+LARGE_CHUNK = 2**23  # elsewhere: products that keep a GPU busy
 
 
 class DRClipLoss(nn.Module):
@@ -33,7 +37,7 @@ class DRClipLoss(nn.Module):
     Args:
         local_loss: rows are the local samples only, columns the global batch; otherwise both are global.
         gather_with_grad: let gradients flow through the gathering of the student's features.
-        cache_labels: keep the targets of the contrastive loss between steps.
+        cache_labels: of no effect, targets cost nothing; kept as are OpenCLIP's other arguments.
         rank: of this process.
         world_size: number of processes.
         use_horovod: refused; kept so that the arguments are those of OpenCLIP's losses.
@@ -62,7 +66,6 @@ class DRClipLoss(nn.Module):
             raise ValueError("DRClipLoss does not run under horovod: start with torchrun, without --horovod")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.teacher_dimension = list(teacher_dimension)
@@ -75,7 +78,6 @@ class DRClipLoss(nn.Module):
                 "give one scale, or one for each teacher"
             )
         self.dist_logit_scale = list(scales) * (len(self.teacher_dimension) if len(scales) == 1 else 1)
-        self._labels: dict[tuple[torch.device, int], Tensor] = {}
 
     def forward(
         self,
@@ -110,30 +112,18 @@ class DRClipLoss(nn.Module):
         if (syn_text_features is None) != (dist_syn_text_features is None):
             raise ValueError("syn_text_features and dist_syn_text_features go together: one of them is None")
         with torch.autocast(device_type=image_features.device.type, enabled=False):
-            pairs = [(text_features, dist_text_features)]
-            if syn_text_features is not None:
-                pairs.append((syn_text_features, dist_syn_text_features))
-            contrastive = image_features.new_zeros((), dtype=torch.float32)
-            distill = contrastive.clone()
-            image, all_image = self._rows_and_columns(image_features.float())
-            if self.distill_weight:
-                dist_image, all_dist_image = self._teacher_rows_and_columns(dist_image_features)
-            for student, teacher in pairs:
-                text, all_text = self._rows_and_columns(student.float())
-                logits = logit_scale * image @ all_text.T, logit_scale * text @ all_image.T
-                if self.contrastive_weight:
-                    labels = self._diagonal(logits[0])
-                    contrastive = contrastive + sum(F.cross_entropy(side, labels) for side in logits) / 2
-                if self.distill_weight:
-                    dist_text, all_dist_text = self._teacher_rows_and_columns(teacher)
-                    targets = (
-                        self._distribution(dist_image, all_dist_text),
-                        self._distribution(dist_text, all_dist_image),
-                    )
-                    sides = zip(logits, targets, strict=True)
-                    distill = distill + sum(F.cross_entropy(side, target) for side, target in sides) / 2
-            contrastive = self.contrastive_weight * contrastive
-            distill = self.distill_weight * distill
+            image = self._rows_and_columns(image_features.float())
+            dist_image = self._teacher_rows_and_columns(dist_image_features)
+            students, sides = list(dict.fromkeys(image)), []
+            for student, teacher in ((text_features, dist_text_features), (syn_text_features, dist_syn_text_features)):
+                if student is not None:
+                    text, dist_text = self._rows_and_columns(student.float()), self._teacher_rows_and_columns(teacher)
+                    sides.append((0, len(students) + len(set(text)) - 1, dist_image[0], dist_text[1]))
+                    sides.append((len(students), len(set(image)) - 1, dist_text[0], dist_image[1]))
+                    students.extend(dict.fromkeys(text))
+            first = self.rank * len(image[0]) if self.world_size > 1 and self.local_loss else 0
+            weights = (self.contrastive_weight, self.distill_weight)
+            contrastive, distill = _Losses.apply(sides, first, weights, logit_scale.float(), *students)
         return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
 
     def _rows_and_columns(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +141,11 @@ class DRClipLoss(nn.Module):
         return (features, everything) if self.local_loss else (everything, everything)
 
     def _teacher_rows_and_columns(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The same for teacher features, without gradient and split by teacher, each ``[·, D_k]``."""
+        """The same for teacher features: without gradient, one tensor for each softmax, the rows times τ."""
+        if not self.distill_weight:
+            return [], []
+        if None in self.dist_logit_scale:
+            raise ValueError("no teacher scale: set dist_logit_scale (--distill-logit-scale, 100 in both recipes)")
         dimensions = [features.shape[1]] if self.teacher_dimension == [-1] else self.teacher_dimension
         if sum(dimensions) != features.shape[1]:
             raise ValueError(
@@ -159,29 +153,99 @@ class DRClipLoss(nn.Module):
                 f"(--distill-teacher-dimension), but the stored embeddings are {features.shape[1]} wide"
             )
         rows, columns = self._rows_and_columns(features.detach().float())
-        return list(rows.split(dimensions, dim=1)), list(columns.split(dimensions, dim=1))
-
-    @torch.no_grad()
-    def _distribution(self, rows: list[Tensor], columns: list[Tensor]) -> Tensor:
-        """The teachers' distribution over the columns for each row, ``[rows, columns]``, rows adding up to 1."""
-        if None in self.dist_logit_scale:
-            raise ValueError("no teacher scale: set dist_logit_scale (--distill-logit-scale, 100 in both recipes)")
-        teachers = zip(self.dist_logit_scale, rows, columns, strict=True)
-        logits = (scale * row @ column.T for scale, row, column in teachers)
+        rows = [scale * part for scale, part in zip(self.dist_logit_scale, rows.split(dimensions, dim=1), strict=True)]
         if self.average_after_softmax:
-            return sum(side.softmax(dim=1) for side in logits) / len(rows)
-        return sum(logits).softmax(dim=1)
+            return rows, list(columns.split(dimensions, dim=1))
+        return [torch.cat(rows, dim=1)], [columns]  # Σ_k τ_k I^k T^kᵀ in one product
 
-    def _diagonal(self, logits: Tensor) -> Tensor:
-        """The column in which each row's own pair stands, ``[rows]``."""
-        key = (logits.device, len(logits))
-        if key not in self._labels:
-            first = self.rank * len(logits) if self.world_size > 1 and self.local_loss else 0
-            labels = torch.arange(first, first + len(logits), device=logits.device)
-            if not self.cache_labels:
-                return labels
-            self._labels = {key: labels}
-        return self._labels[key]
+
+class _Losses(torch.autograd.Function):
+    """The two losses, with gradients that are computed along with them; see :func:`_losses`.
+
+    So no matrix of local × global batch is kept for the backward pass, which has only to scale what is there. Gradients
+    are linear in the weights: where the two losses get different ones, they are computed again with other weights; so
+    they are for a second backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, sides, first, weights, scale, *students):
+        losses, gradients = _losses(sides, first, weights, scale, students, any(ctx.needs_input_grad))
+        ctx.sides, ctx.first, ctx.weights, ctx.gradients = sides, first, weights, gradients
+        ctx.save_for_backward(scale, *students)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *outer):
+        outer = [float(gradient) for gradient in outer]
+        factors = {gradient for gradient, weight in zip(outer, ctx.weights, strict=True) if weight}
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients and len(factors) == 1:
+            (factor,) = factors
+            gradients = gradients if factor == 1 else [gradient.mul_(factor) for gradient in gradients]
+        else:
+            scale, *students = ctx.saved_tensors
+            weights = [weight * gradient for weight, gradient in zip(ctx.weights, outer, strict=True)]
+            _, gradients = _losses(ctx.sides, ctx.first, weights, scale, students, True)
+        return None, None, None, *gradients
+
+
+def _losses(sides, first, weights, scale, students, with_gradients):
+    """The two losses and the gradients of their sum, a chunk of rows at a time.
+
+    Args:
+        sides: for each distribution of the student: which of ``students`` are its rows ``[R, D]`` and its columns
+            ``[C, D]``, and the teachers' rows and columns, a tensor for each softmax.
+        first: the column in which the first row's own pair stands.
+        weights: (w₀, w₁).
+        scale: σ, a scalar.
+        students: the features.
+        with_gradients: otherwise there are none.
+
+    Returns:
+        (contrastive, distill), and the gradients with respect to the scale and to each of ``students``.
+    """
+    losses = torch.zeros_like(scale), torch.zeros_like(scale)
+    gradients = [torch.zeros_like(scale), *map(torch.zeros_like, students)] if with_gradients else []
+    for row_number, column_number, teacher_rows, teacher_columns in sides:
+        columns, share = students[column_number], 1 / (2 * len(students[row_number]))  # half of the mean over rows
+        step = max(1, CHUNK.get(scale.device.type, LARGE_CHUNK) // len(columns))
+        for start in range(0, len(students[row_number]), step):
+            chunk = slice(start, start + step)
+            rows = students[row_number][chunk]
+            log_p = ((scale * rows) @ columns.T).log_softmax(dim=1)
+            own = torch.arange(len(rows), device=rows.device)
+            own = own, own + (first + start)
+            target = None
+            if weights[0]:
+                losses[0].sub_(log_p[own].sum(), alpha=weights[0] * share)
+            if weights[1]:
+                target = _distribution([part[chunk] for part in teacher_rows], teacher_columns)
+                # summed in pairs; as a product of vectors a long row's sum would be off by 3e-5
+                losses[1].sub_(torch.linalg.vecdot(target, log_p).sum(), alpha=weights[1] * share)
+            if with_gradients:
+                # with respect to the logits: (w₀ + w₁) softmax - w₀ diagonal - w₁ target, each row a share of it
+                d_logits = log_p.exp_().mul_(sum(weights))
+                if weights[0]:
+                    d_logits[own] -= weights[0]
+                if weights[1]:
+                    d_logits.sub_(target, alpha=weights[1])
+                d_rows = (d_logits @ columns).mul_(share)
+                gradients[0] += torch.linalg.vecdot(d_rows, rows).sum()
+                gradients[1 + row_number][chunk].addcmul_(d_rows, scale)
+                gradients[1 + column_number].addmm_(d_logits.T, rows * (scale * share))
+                del d_logits
+            del log_p, target  # before the next ones are there
+    return losses, gradients
+
+
+def _distribution(rows: list[Tensor], columns: list[Tensor]) -> Tensor:
+    """The average of softmax_rows(rows columnsᵀ) over the tensors given, ``[R, C]``."""
+    distributions = ((row @ column.T).softmax(dim=1) for row, column in zip(rows, columns, strict=True))
+    average = next(distributions)
+    for distribution in distributions:
+        average += distribution
+    return average.div_(len(rows))
 
 
 def create_loss(args) -> DRClipLoss:

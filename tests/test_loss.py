@@ -157,3 +157,70 @@ def test_labels_may_be_cached_while_the_batch_size_changes():
         expected = F.cross_entropy(14.0 * image @ text.T, torch.arange(size)) / 2
         expected += F.cross_entropy(14.0 * text @ image.T, torch.arange(size)) / 2
         close(loss(image, text, torch.tensor(14.0), image, text)[0], expected)
+
+
+# --- gradients without a matrix of local × global batch ---------------------------------------------------------------
+def formula(image, text, dist_image, dist_text, syn, dist_syn, weights, scale):
+    """(contrastive, distill) as the paper has them, average after softmax, for autograd."""
+    dims, labels = GOLDEN["teacher_dimension"], torch.arange(len(image))
+    contrastive = distill = 0.0
+    for student, teacher in ((text, dist_text), (syn, dist_syn)):
+        for a, b, ta, tb in ((image, student, dist_image, teacher), (student, image, teacher, dist_image)):
+            logits = scale * a @ b.T
+            teachers = zip(ta.split(dims, 1), tb.split(dims, 1), strict=True)
+            target = sum((30.0 * x @ y.T).softmax(1) for x, y in teachers) / len(dims)
+            contrastive = contrastive + F.cross_entropy(logits, labels) / 2
+            distill = distill - (target * logits.log_softmax(1)).sum(1).mean() / 2
+    return weights[0] * contrastive, weights[1] * distill
+
+
+def students_and_scale():
+    image, text, dist_image, dist_text, syn, dist_syn = (features.double().float() for features in batch())
+    leaves = [
+        image.requires_grad_(),
+        text.requires_grad_(),
+        syn.requires_grad_(),
+        torch.tensor(14.0, requires_grad=True),
+    ]
+    return leaves, (image, text, dist_image, dist_text, syn, dist_syn)
+
+
+@pytest.mark.parametrize("chunk", [1, 13, 10**6])
+@pytest.mark.parametrize("weights", [(0.25, 0.75), (0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("outer", [(1.0, 1.0), (65536.0, 65536.0), (2.0, 3.0), (1.0, 0.0), (0.0, 1.0)])
+def test_gradients_are_the_formulas_whatever_the_chunk_and_the_gradient_of_each_loss(
+    monkeypatch, chunk, weights, outer
+):
+    monkeypatch.setattr("dr.loss.CHUNK", {"cpu": chunk})
+    leaves, args = students_and_scale()
+    expected = formula(*args, weights, leaves[-1])
+    gradients = torch.autograd.grad(outer[0] * expected[0] + outer[1] * expected[1], leaves)
+    loss = DRClipLoss(
+        teacher_dimension=GOLDEN["teacher_dimension"],
+        distill_loss_weights=weights,
+        average_after_softmax=True,
+        dist_logit_scale=30.0,
+    )
+    actual = call_with(loss, args, leaves[-1])
+    total = outer[0] * actual[0] + outer[1] * actual[1]
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    for again in (first, torch.autograd.grad(total, leaves)):
+        for ours, theirs in zip((*actual, *again), (*expected, *gradients), strict=True):
+            close(ours, theirs.detach() if theirs.requires_grad else theirs)
+
+
+def call_with(loss, args, scale):
+    image, text, dist_image, dist_text, syn, dist_syn = args
+    return loss(image, text, scale, dist_image, dist_text, syn, dist_syn)
+
+
+def test_nothing_as_large_as_local_times_global_batch_is_kept_for_the_backward_pass():
+    size, width = 64, 4
+    features = [F.normalize(torch.randn(size, width), dim=1) for _ in range(6)]
+    image, text, syn = (f.requires_grad_() for f in features[:3])
+    loss = DRClipLoss(teacher_dimension=[2, 2], dist_logit_scale=30.0, average_after_softmax=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None):
+        losses = loss(image, text, torch.tensor(9.0), *features[3:5], syn, features[5])
+    kept += [gradient.numel() for gradient in losses[0].grad_fn.gradients]
+    assert len(kept) >= 8 and max(kept) == size * width
