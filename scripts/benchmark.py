@@ -424,7 +424,7 @@ def loss(args):
             for name, took in seconds.items():
                 cells = [f"{1000 * took:,.1f}", f"{took / seconds['formula']:.2f}"]
                 if name in told:
-                    cells += [f"{memory[name]:,.0f}", f"{memory[name] / memory['formula']:.2f}", told[name]]
+                    cells += [f"{memory[name]:,.0f}", f"{memory[name] / max(memory['formula'], 0.1):.2f}", told[name]]
                 print(
                     f"| {size[0]} × {size[1]} | {weights[0]} {weights[1]} | {name} | {' | '.join(cells)} |", flush=True
                 )
