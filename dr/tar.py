@@ -1,4 +1,4 @@
-"""Read the samples of a tar as a stream, in the time that its bytes take.
+"""Read the samples of a tar as a stream, in the time that its bytes take, or find out where they are in it.
 
 Nearly every header in a shard is a plain file's. `tarfile` takes seven times as long for a sample of seven members as
 the reader here (0.35 ms in the place of 0.05, measured), which is 15 % of what a reinforced sample costs; whatever is
@@ -9,9 +9,11 @@ headers with it too.
 """
 
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import BinaryIO
 
 CHUNK = 1 << 20
@@ -48,25 +50,83 @@ def read_members(stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tu
     Raises:
         tarfile.TarError: the tar is damaged, or cut off.
     """
+
+    def rest(header: bytes, at: int) -> Iterator[tuple]:
+        with tarfile.open(fileobj=_Again(header, stream), mode="r|") as tar:
+            for info in _plain_files(tar):
+                if wanted(info.name) and info.size <= MAX_MEMBER:
+                    yield info.name, 0, _read(tar.extractfile(info), info.size)
+
+    def take(name: str, size: int) -> bytes | None:
+        return _read(stream, size) if wanted(name) and size <= MAX_MEMBER else _pass_over(stream, size)
+
+    for name, _, data in _members(stream, take, partial(_pass_over, stream), rest):
+        if data is not None:
+            yield name, data
+
+
+def member_spans(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Yield name, offset of the bytes, and size of the plain files in an uncompressed tar, reading headers only.
+
+    Raises:
+        tarfile.TarError: the tar is damaged, or cut off; what is whole was yielded before.
+    """
+    end = os.fstat(file.fileno()).st_size
+
+    def rest(header: bytes, at: int) -> Iterator[tuple]:
+        file.seek(at)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in _plain_files(tar):
+                if info.offset_data + info.size > end:
+                    raise tarfile.ReadError("cut off inside a member")
+                yield info.name, info.offset_data, info.size
+            file.seek(tar.offset)
+            if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # which tarfile takes for an end
+                raise tarfile.ReadError("cut off: no end mark")
+
+    def seek_over(size: int) -> None:
+        if file.seek(size, os.SEEK_CUR) > end:
+            raise tarfile.ReadError("cut off inside a member")
+
+    def take(name: str, size: int) -> int:
+        seek_over(size)
+        return size
+
+    return (member for member in _members(file, take, seek_over, rest) if member[2] <= MAX_MEMBER)
+
+
+def _members(stream: BinaryIO, take: Callable, pass_over: Callable, rest: Callable) -> Iterator[tuple]:
+    """Yield name, offset of the bytes, and what ``take(name, size)`` returns, of the plain files.
+
+    Args:
+        stream: stands at the first header.
+        take: reads a member's bytes, or passes over them.
+        pass_over: passes over so many bytes.
+        rest: ``(header, its offset)`` to the same from a header on that only tarfile understands.
+    """
+    at = 0
     while True:
         header = stream.read(tarfile.BLOCKSIZE)
         if plain := plain_member(header):
             name, size = plain
-            data = _read(stream, size) if wanted(name) and size <= MAX_MEMBER else _pass_over(stream, size)
-            _pass_over(stream, -size % tarfile.BLOCKSIZE)
-            if data is not None:
-                yield name, data
+            taken = take(name, size)
+            pass_over(-size % tarfile.BLOCKSIZE)
+            yield name, at + tarfile.BLOCKSIZE, taken
+            at += tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
         elif not header.strip(b"\0"):
             if not header:
                 raise tarfile.ReadError("cut off: no end mark")
             return
         else:
-            with tarfile.open(fileobj=_Again(header, stream), mode="r|") as rest:
-                for info in rest:
-                    rest.members.clear()  # it keeps every header otherwise
-                    if info.isreg() and not info.issparse() and wanted(info.name) and info.size <= MAX_MEMBER:
-                        yield info.name, _read(rest.extractfile(info), info.size)
+            yield from rest(header, at)
             return
+
+
+def _plain_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for info in tar:
+        tar.members.clear()  # it keeps every header otherwise
+        if info.isreg() and not info.issparse():
+            yield info
 
 
 def _read(stream: BinaryIO, size: int) -> bytes:

@@ -10,7 +10,7 @@ from shards import reinforced_sample, uid, write_reinforced_shards, write_shard
 
 from dr.data import tar_to_samples
 from dr.reinforcement import REINFORCED_MEMBERS
-from dr.tar import MAX_MEMBER, read_members
+from dr.tar import MAX_MEMBER, member_spans, read_members
 
 
 def members(data, wanted=lambda name: True):
@@ -99,3 +99,27 @@ def test_a_damaged_shard_gives_what_comes_before_and_the_next_one_goes_on(tmp_pa
     keys = [sample["__key__"] for sample in tar_to_samples({"url": url} for url in urls)]
     assert keys[-2:] == [uid(2), uid(3)] and uid(1) not in keys[:-2][:-1]
     assert [url in record.message for url, record in zip(urls, caplog.records, strict=False)] == [True, True]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_tell_where_each_member_is(tar_format, tmp_path):
+    data = packed(tar_format, ["a.txt", "b.jpg", "folder/" * 20 + "c.jpg", "d.txt"])
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    with open(path, "rb") as file:
+        found = [(name, data[offset : offset + size]) for name, offset, size in member_spans(file)]
+    assert found == members(data) and len(found) == 4
+
+
+@pytest.mark.parametrize("name", ["b.jpg", "b" * 120 + ".jpg"], ids=["plain", "long name"])
+@pytest.mark.parametrize("cut", [200, 600])
+def test_of_a_cut_tar_the_whole_members_are_found_and_the_cut_is_told(name, cut, tmp_path):
+    data = packed(tarfile.GNU_FORMAT, ["a.txt", name, "c.txt"])
+    at = data.index(b"c.txt")
+    path = tmp_path / "a.tar"
+    path.write_bytes(data[: at + cut])
+    found = []
+    with open(path, "rb") as file, pytest.raises(tarfile.TarError):
+        for member in member_spans(file):
+            found.append(member[0])
+    assert found == ["a.txt", name]
