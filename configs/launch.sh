@@ -22,6 +22,10 @@ LOGS=${LOGS:-./logs}
 REPORT_TO=${REPORT_TO-wandb}           # wandb, tensorboard, both with a comma, or empty
 WANDB_PROJECT=${WANDB_PROJECT:-mobileclip}
 DIST_TIMEOUT=${DIST_TIMEOUT:-3600}     # seconds that the nodes wait for each other at the start
+SAMPLING=${SAMPLING:-with-replacement} # or without-replacement: passes in which each sample comes once
+SAVE_EVERY_N_STEPS=${SAVE_EVERY_N_STEPS:-0}         # also within epochs, to be resumed there; 0: no
+KEEP_LAST_K=${KEEP_LAST_K:-2}                       # of these
+MAX_SKIPPED_FRACTION=${MAX_SKIPPED_FRACTION:-}      # of unusable samples, more stop the run; default: the trainer's
 DATASETS=${DATASETS:-}                 # folder of the data sets; default: datasets/ at the recipe's root
 
 # --- where things are -----------------------------------------------------------------------------------------------
@@ -109,9 +113,16 @@ launch() { # launch [TRAINER ARGUMENT …]
     # An "epoch" is what lies between two checkpoints, whatever the size of the data set.
     local epoch_samples=$((samples / CHECKPOINTS))
 
+    local sampling
+    case $SAMPLING in
+        with-replacement) sampling=--dataset-resampled ;;
+        without-replacement) sampling=--dataset-without-replacement ;;
+        *) fail "SAMPLING=$SAMPLING: expected with-replacement or without-replacement" ;;
+    esac
+
     local args=(
         --train-data "$DATA" --train-num-samples "$epoch_samples" --epochs "$CHECKPOINTS"
-        --dataset-type webdataset --dataset-resampled --workers "$WORKERS"
+        --dataset-type webdataset "$sampling" --workers "$WORKERS"
         --model "$MODEL" --precision "$PRECISION" --batch-size $((GLOBAL_BATCH / world / ACCUM_FREQ))
         --accum-freq "$ACCUM_FREQ" --lr "$LR" --wd "$WD" --beta2 "$BETA2" --warmup "$WARMUP"
         --grad-clip-norm "$GRAD_CLIP_NORM" --seed "$SEED"
@@ -119,6 +130,9 @@ launch() { # launch [TRAINER ARGUMENT …]
         --save-frequency "$SAVE_FREQUENCY" --zeroshot-frequency "$ZEROSHOT_FREQUENCY"
         --log-every-n-steps "$LOG_EVERY" --logs "$LOGS" --name "$NAME"
     )
+    [ "$SAVE_EVERY_N_STEPS" = 0 ] || args+=(--save-every-n-steps "$SAVE_EVERY_N_STEPS")
+    [ "$KEEP_LAST_K" = 2 ] || args+=(--keep-last-k "$KEEP_LAST_K")
+    [ -z "$MAX_SKIPPED_FRACTION" ] || args+=(--max-skipped-fraction "$MAX_SKIPPED_FRACTION")
     [ "$GRAD_CHECKPOINTING" = 0 ] || args+=(--grad-checkpointing)
     if [ -n "$IMAGENET_VAL" ]; then
         [ -d "$IMAGENET_VAL" ] || fail "no folder IMAGENET_VAL=$IMAGENET_VAL: set it to ImageNet's validation pictures" \

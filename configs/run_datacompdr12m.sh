@@ -8,6 +8,7 @@
 #
 #     NUM_NODES=1 NUM_GPUS=1 GLOBAL_BATCH=1024 bash configs/run_datacompdr12m.sh      # one GPU
 #     NUM_GPUS=0 NUM_PROCESSES=2 … bash configs/run_datacompdr12m.sh                  # a CPU, two processes over gloo
+#     SAMPLING=without-replacement SAVE_EVERY_N_STEPS=500 bash configs/run_datacompdr12m.sh
 #
 # Needs: the patched OpenCLIP (scripts/setup_open_clip.sh) and joined shards (scripts/join_datacompdr12m.sh).
 # Leaves: $LOGS/$NAME/ with out.log, params.txt, checkpoints/.

@@ -1,22 +1,26 @@
 """The WebDataset stages that make training batches of joined shards.
 
-OpenCLIP's pipeline is shards → tar reader → shuffle → decode → batch. The patch puts five stages of ours into it:
+OpenCLIP's pipeline is shards → tar reader → shuffle → decode → batch. The patch puts six stages of ours into it:
 
-    shards → ``shards`` → ``open`` → ``read`` → shuffle → ``prepare`` → ``used`` → batch
+    shards → ``shards`` → ``open`` → ``read`` → shuffle → ``prepare`` → ``used`` → batch → ``report``
 
 ``open`` reads tars (plain training: OpenCLIP's own reader does). ``read`` keeps what training needs of a sample, before
 the shuffle buffer: with ``--dataset-reinforcement`` one drawn augmentation, its captions and their embeddings, else the
 image and caption. ``prepare`` (reinforced training only, in the place of OpenCLIP's own decoding) makes tensors; pixels
 stay uint8 until they are on the device. ``shards`` and ``used`` count, so that a worker that finds nothing it can use
-stops the run instead of looping for ever. A bad sample is skipped with a counted warning and costs nothing else.
+stops the run instead of looping for ever. A bad sample is skipped with a counted warning and costs nothing else;
+``report`` sends the counts along with the batches. Sampling without replacement has no such pipeline: see ``loader``.
 """
 
 import json
 import logging
+import os
 import random
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from types import SimpleNamespace
 
@@ -50,10 +54,13 @@ class UsableSamples:
         self.limit = min(num_shards, SHARDS_WITHOUT_A_USABLE_SAMPLE)
         self.members = members
         self.skipped: Counter[str] = Counter()  # by reason, since the worker started
+        self.unreported: Counter[str] = Counter()  # of these, since the last batch
         self.used_ever = self.drawn_ever = False
-        self._start()
+        self.read = self.read_earlier = self.reported = 0
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        self.read_earlier += self.read
         self.opened: set[str] = set()
         self.read = self.used = 0  # samples in this pass
         self.enough: int | None = None  # samples read after which the worker gives up
@@ -61,12 +68,12 @@ class UsableSamples:
 
     def shards(self, src: Iterable) -> Iterator:
         """A stage over the shards that the tar reader is about to open."""
-        self._start()
+        self.start()
         for shard in src:
             if len(self.opened) >= self.limit and not self.used_ever:
                 self.enough = self.enough or self.read + SHUFFLE_BUFFER
                 if not self.read or self.read >= self.enough:
-                    self._give_up()
+                    self.give_up()
             self.opened.add(shard["url"])
             yield shard
 
@@ -83,12 +90,12 @@ class UsableSamples:
             self.used_ever = True
             yield sample
         if not self.used:  # the end of a pass, where shards are not drawn for ever
-            self._give_up()
+            self.give_up()
 
     def skip(self, sample: dict, error: BadSample) -> None:
         """Count a sample that is left out, and say so."""
-        self.reasons[error.reason] += 1
-        self.skipped[error.reason] += 1
+        for counts in (self.reasons, self.skipped, self.unreported):
+            counts[error.reason] += 1
         count = self.skipped[error.reason]
         if count <= WARNINGS_OF_A_KIND or str(count).rstrip("0") == "1":
             logging.warning(
@@ -96,7 +103,24 @@ class UsableSamples:
                 f"(number {count} for this reason in this worker)"
             )
 
-    def _give_up(self) -> None:
+    def decoding_failed(self, error: Exception) -> bool:
+        """A handler of WebDataset's, for OpenCLIP's own decoding: as its log_and_continue, but it counts."""
+        self.unreported["undecodable image or caption"] += 1
+        logging.warning(f"Handling webdataset error ({error!r}). Ignoring.")
+        return True
+
+    def news(self) -> tuple[int, dict[str, int]]:
+        """Since the last call: samples read, and samples skipped by reason."""
+        read, skipped = self.read_earlier + self.read - self.reported, dict(self.unreported)
+        self.reported, self.unreported = self.reported + read, Counter()
+        return read, skipped
+
+    def report(self, src: Iterable) -> Iterator[tuple]:
+        """A stage over batches: each with what was read and skipped for it, for ``loader.CountingLoader``."""
+        for batch in src:
+            yield batch, self.news()
+
+    def give_up(self) -> None:
         worker = get_worker_info()
         needs = "; ".join(f"{name} ({' or '.join(extensions)})" for name, extensions in self.members.items())
         found = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(8))
@@ -114,7 +138,9 @@ def keep_image_and_caption(samples: UsableSamples, src: Iterable[dict]) -> Itera
     """
     for sample in src:
         samples.read += 1
-        samples.reasons.update(missing(sample, PLAIN_MEMBERS))
+        lacks = missing(sample, PLAIN_MEMBERS)
+        samples.reasons.update(lacks)
+        samples.unreported.update(lacks[:1])
         yield {name: data for name, data in sample.items() if name in (*IMAGE_MEMBERS, "txt") or name.startswith("__")}
 
 
@@ -182,46 +208,66 @@ def draw_reinforcements(samples, compose, width, mix_ratio, src: Iterable[dict])
     while block := list(islice(src, BLOCK)):
         for sample in block:
             try:
-                drawn = draw(sample, compose, random, mix_ratio, width)  # torch seeds `random` for each rank and worker
-            except BadSample as error:
-                if error.reason == "embedding width" and not samples.drawn_ever:
-                    raise ValueError(
-                        f"{sample.get('__key__')} of {sample.get('__url__')}: {error} by --distill-teacher-dimension"
-                    ) from error
+                drawn = draw_from(samples, sample, compose, random, mix_ratio, width)  # torch seeds `random` for each
+            except BadSample as error:  # rank and worker
                 samples.skip(sample, error)
                 continue
-            samples.drawn_ever = True
             yield drawn
 
 
-def apply_reinforcements(samples, compose, src: Iterable[dict]) -> Iterator[dict]:
-    """Decode and augment drawn samples.
+def draw_from(samples, sample: dict, compose, rng, mix_ratio, width) -> dict:
+    """``reinforcement.draw``; the first sample's embeddings must be as wide as the options say."""
+    try:
+        drawn = draw(sample, compose, rng, mix_ratio, width)
+    except BadSample as error:
+        if error.reason == "embedding width" and not samples.drawn_ever:
+            raise ValueError(
+                f"{sample.get('__key__')} of {sample.get('__url__')}: {error} by --distill-teacher-dimension"
+            ) from error
+        raise
+    samples.drawn_ever = True
+    return drawn
 
-    Yields:
-        ``image`` uint8 ``[H, W, 3]``, ``captions`` list of str, ``image_emb`` ``[ΣD_k]``, ``text_emb`` ``[captions,
-        ΣD_k]``.
-    """
+
+def apply_reinforcements(samples, compose, src: Iterable[dict]) -> Iterator[dict]:
+    """Decode and augment drawn samples; see :func:`augment`."""
     for sample in src:
         try:
-            img = decode_image(sample)
-            try:
-                image, _ = compose.reapply(img, sample["params"])
-            except ValueError as error:
-                raise BadSample("augmentation parameters", error) from error
+            augmented = augment(sample, compose)
         except BadSample as error:
             samples.skip(sample, error)
             continue
-        yield {**sample, "image": image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))}
+        yield augmented
+
+
+def augment(sample: dict, compose) -> dict:
+    """A drawn sample with its ``image`` decoded and augmented: uint8 ``[H, W, 3]``."""
+    img = decode_image(sample)
+    try:
+        image, _ = compose.reapply(img, sample["params"])
+    except ValueError as error:
+        raise BadSample("augmentation parameters", error) from error
+    return {**sample, "image": image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))}
 
 
 def batch_reinforced(samples, tokenizer, statistics, batch_size, src: Iterable[dict]) -> Iterator[tuple]:
     """Tokenise and stack; what is left over at the end is dropped, as OpenCLIP does in training.
 
-    A batch's captions are tokenised at once: one by one between images it takes three times as long, as neither finds
-    the processor's caches as it left them.
-
     Yields:
         The batches of :func:`training_stages`.
+    """
+    for rows, texts in tokenised_batches(samples, tokenizer, batch_size, src):
+        images, image_emb, text_emb = (
+            torch.stack([row[n] for row in rows]) for n in ("image", "image_emb", "text_emb")
+        )
+        yield images, texts, image_emb, text_emb, statistics
+
+
+def tokenised_batches(samples, tokenizer, batch_size, src: Iterable[dict]) -> Iterator[tuple[list[dict], torch.Tensor]]:
+    """Samples in batches, and their captions as int64 ``[B, captions, L]``.
+
+    A batch's captions are tokenised at once: one by one between images it takes three times as long, as neither finds
+    the processor's caches as it left them.
     """
 
     def tokenised(rows):
@@ -238,10 +284,7 @@ def batch_reinforced(samples, tokenizer, statistics, batch_size, src: Iterable[d
         except Exception:  # tokenizers raise what they like; only whose captions it was is left out
             rows = [row for row in rows if _can_be_tokenised(samples, tokenised, row)]
             continue
-        images, image_emb, text_emb = (
-            torch.stack([row[n] for row in rows]) for n in ("image", "image_emb", "text_emb")
-        )
-        yield images, texts, image_emb, text_emb, statistics
+        yield rows, texts
         rows = []
 
 
@@ -252,6 +295,45 @@ def _can_be_tokenised(samples, tokenised, row: dict) -> bool:
         samples.skip(row, BadSample("captions that can't be tokenised", repr(error)))
         return False
     return True
+
+
+def reinforcement_settings(args, preprocess: Callable) -> tuple:
+    """From the options: the augmentation up to uint8, mean and standard deviation ``[2, 3]``, ΣD_k and the mix ratio;
+    None for the last two where they are not given."""
+    with open(args.dataset_reinforcement_config) as file:
+        config = json.load(file)["reinforce"]["image_augmentation"]
+    config = student_augmentation(config, preprocess, args.image_interpolation)
+    compose, statistics = split_for_device(compose_from_config(config))
+    dimensions = args.distill_teacher_dimension
+    width = None if dimensions == [-1] else sum(dimensions)
+    mixed = args.dataset_reinforcement_mix_synthetic
+    return compose, statistics, width, args.dataset_reinforcement_mix_synthetic_ratio if mixed else None
+
+
+def outlive_sigterm(*_) -> None:
+    """In a loader's worker: let nobody but the trainer end it.
+
+    SIGTERM goes to all processes of a job, and the trainer needs batches for the step that it has to take before it can
+    save. Its own ``terminate`` is the same signal, so that the sender has to be looked at.
+    """
+    if get_worker_info():
+        _obey_parent_only(os.getpid())
+
+
+@lru_cache(1)  # once in a process
+def _obey_parent_only(own_id: int) -> None:
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # threads inherit it
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _outliving_sigterm(samples, src: Iterable) -> Iterator:
+    outlive_sigterm()
+    yield from samples.shards(src)
 
 
 def training_stages(
@@ -267,10 +349,10 @@ def training_stages(
         num_shards: how many there are.
 
     Returns:
-        ``shards``, ``open``, ``read``, ``used`` as in the module's docstring, and ``prepare``: a list of stages up to
-        the batches ``(images uint8 [B, H, W, 3], texts [B, captions, L], image_emb [B, ΣD_k], text_emb [B, captions,
-        ΣD_k], statistics [2, 3])``, which ``step.unpack_batch`` takes. ``open`` and ``prepare`` are None where
-        OpenCLIP's own stages serve.
+        ``shards``, ``open``, ``read``, ``used``, ``report`` as in the module's docstring, ``prepare``: a list of stages
+        up to the batches ``(images uint8 [B, H, W, 3], texts [B, captions, L], image_emb [B, ΣD_k], text_emb [B,
+        captions, ΣD_k], statistics [2, 3])``, which ``step.unpack_batch`` takes, and ``decoding_failed``, which handles
+        what OpenCLIP's own decoding raises. ``open`` and ``prepare`` are None where OpenCLIP's own stages serve.
     """
     reinforced = is_train and args.dataset_reinforcement
     samples = UsableSamples(num_shards, REINFORCED_MEMBERS if reinforced else PLAIN_MEMBERS)
@@ -280,16 +362,13 @@ def training_stages(
         read=partial(keep_image_and_caption, samples),
         prepare=None,
         used=samples.count_used if is_train else iter,  # with few validation shards some workers have none
+        decoding_failed=samples.decoding_failed,
+        report=samples.report if is_train else iter,
     )
+    if is_train and getattr(args, "save_every_n_steps", 0):
+        stages.shards = partial(_outliving_sigterm, samples)
     if reinforced:
-        with open(args.dataset_reinforcement_config) as file:
-            config = json.load(file)["reinforce"]["image_augmentation"]
-        config = student_augmentation(config, preprocess, args.image_interpolation)
-        compose, statistics = split_for_device(compose_from_config(config))
-        dimensions = args.distill_teacher_dimension
-        width = None if dimensions == [-1] else sum(dimensions)
-        mixed = args.dataset_reinforcement_mix_synthetic
-        mix_ratio = args.dataset_reinforcement_mix_synthetic_ratio if mixed else None
+        compose, statistics, width, mix_ratio = reinforcement_settings(args, preprocess)
         stages.open = tar_to_samples
         stages.read = partial(draw_reinforcements, samples, compose, width, mix_ratio)
         stages.prepare = [

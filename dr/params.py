@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from argparse import ArgumentParser, Namespace
 
 import open_clip
@@ -63,6 +64,32 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="The teachers' logit scale: one for all, or one for each. 100 in both published recipes.",
     )
 
+    group = parser.add_argument_group("sampling and resuming")
+    group.add_argument(
+        "--dataset-without-replacement",
+        default=False,
+        action="store_true",
+        help="Train in passes over all samples of all shards, each sample once in a pass.",
+    )
+    group.add_argument(
+        "--save-every-n-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Write a checkpoint after every N optimiser steps of an epoch, from which --resume latest goes on.",
+    )
+    group.add_argument(
+        "--keep-last-k", type=int, default=2, metavar="K", help="How many checkpoints within epochs are kept."
+    )
+    group.add_argument(
+        "--max-skipped-fraction",
+        type=float,
+        default=None,
+        metavar="F",
+        help="Stop when more than this part of an epoch's samples can't be used. Default: 0.1 with "
+        "--dataset-reinforcement or --dataset-without-replacement, else no limit.",
+    )
+
 
 def prepare_args(args: Namespace, parser: ArgumentParser) -> None:
     """Refuse options that contradict each other, and make a model of ``--model FILE.json`` known to OpenCLIP.
@@ -73,9 +100,11 @@ def prepare_args(args: Namespace, parser: ArgumentParser) -> None:
         args.model = register_model(args.model)
     except FileNotFoundError as error:
         parser.exit(2, f"error: --model: {error}\n")
-    found = _contradiction(args, parser)
+    found = _sampling_contradiction(args) or _contradiction(args, parser)
     if found:
         parser.exit(2, f"error: {found}\n")
+    if args.max_skipped_fraction is None:
+        args.max_skipped_fraction = 0.1 if args.dataset_reinforcement or args.dataset_without_replacement else 1.0
 
 
 def register_model(name: str) -> str:
@@ -90,6 +119,40 @@ def register_model(name: str) -> str:
         raise FileNotFoundError(f"there is no model config file {name}")
     open_clip.add_model_config(name)
     return os.path.splitext(os.path.basename(name))[0]
+
+
+def _sampling_contradiction(args: Namespace) -> str | None:
+    for option in ("dataset_without_replacement", "save_every_n_steps"):
+        if not getattr(args, option):
+            continue
+        on, data = f"--{option.replace('_', '-')}", args.train_data or ""
+        without = option == "dataset_without_replacement"
+        for name, given in (
+            ("--dataset-resampled, which draws with replacement", without and args.dataset_resampled),
+            ("--train-data-upsampling-factors", without and args.train_data_upsampling_factors is not None),
+            (f"--train-data {data}: streams can't be read at any place", without and re.search(r"(^|::)\w+:", data)),
+            ("--horovod", args.horovod),
+            (f"--dataset-type {args.dataset_type}", args.dataset_type not in ("webdataset", "auto")),
+            (
+                f"--train-data {data}, which is no tar",
+                args.dataset_type == "auto" and data and not data.endswith(".tar"),
+            ),
+        ):
+            if given:
+                return f"{on} does not go with {name}: leave out one of them"
+    for option, value, right, expected in (
+        ("--save-every-n-steps", args.save_every_n_steps, args.save_every_n_steps >= 0, "a number of steps, or 0"),
+        ("--keep-last-k", args.keep_last_k, args.keep_last_k >= 1, "1 and more"),
+        (
+            "--max-skipped-fraction",
+            args.max_skipped_fraction,
+            args.max_skipped_fraction is None or 0.0 <= args.max_skipped_fraction <= 1.0,
+            "a fraction, 0 to 1",
+        ),
+    ):
+        if not right:
+            return f"{option} {value}: expected {expected}"
+    return None
 
 
 def _contradiction(args: Namespace, parser: ArgumentParser) -> str | None:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .sampling import coin, turn_of
 from .transforms import Compose
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
@@ -217,14 +218,19 @@ def decode_image(sample: dict) -> Image.Image:
 
 
 def draw(
-    sample: dict, compose: Compose, rng: random.Random, mix_ratio: float | None = None, width: int | None = None
+    sample: dict,
+    compose: Compose,
+    rng: random.Random | tuple[int, int],
+    mix_ratio: float | None = None,
+    width: int | None = None,
 ) -> dict:
     """Choose an augmentation and captions of a sample, and the embeddings that belong to exactly those.
 
     Args:
         sample: members of a joined sample by extension, as bytes.
         compose: what the stored parameters are for.
-        rng: makes the choices.
+        rng: makes the choices; or (seed, pass) of sampling without replacement: then they are a function of these and
+            the sample's key, and over the passes each augmentation comes once before one comes twice, and each caption.
         mix_ratio: None for two captions, the original and a synthetic one; else one caption, which is synthetic with
             this probability (``--dataset-reinforcement-mix-synthetic``).
         width: ΣD_k that the embeddings must have, if known.
@@ -252,10 +258,16 @@ def draw(
             raise BadSample("row counts disagree", f"{name} has {len(stored[name])} rows for {rows} {of}")
         if width is not None and stored[name].shape[1] != width:
             raise BadSample("embedding width", f"{name} is {stored[name].shape[1]} wide, expected {width}")
-    augmentation, which = rng.randrange(len(parameters)), rng.randrange(len(synthetic))
+    if isinstance(rng, tuple):
+        now = (*rng, sample.get("__key__"))
+        augmentation = turn_of(*now, "augmentation", len(parameters))
+        which = turn_of(*now, "caption", len(synthetic))
+    else:
+        augmentation, which = rng.randrange(len(parameters)), rng.randrange(len(synthetic))
     chosen = [0, 1 + which]
     if mix_ratio is not None:
-        chosen = chosen[1:] if rng.random() < mix_ratio else chosen[:1]
+        mixed_in = coin(*now, "mix") if isinstance(rng, tuple) else rng.random()
+        chosen = chosen[1:] if mixed_in < mix_ratio else chosen[:1]
     try:
         params = compose.decompress(parameters[augmentation])
     except ValueError as error:

@@ -40,6 +40,46 @@ def test_scalars_written_under_the_other_numpy_load_too():
     assert checkpoint.load(stream)["lr"] == 0.25
 
 
+def written(folder, name, **content):
+    checkpoint.save({"state_dict": {"weight": torch.ones(1000)}, **content}, str(folder / name))
+
+
+def test_the_latest_checkpoint_is_the_most_advanced_of_all_kinds(tmp_path):
+    assert checkpoint.latest(str(tmp_path)) is None
+    order = [("epoch_1.pt", 1), ("epoch_1_step_9.pt", 1), ("epoch_1_step_10.pt", 1), ("epoch_2.pt", 2)]
+    for name, epoch in (*order, ("epoch_10.pt", 10), ("epoch_10_step_2.pt", 10)):
+        written(tmp_path, name, epoch=epoch)
+        assert checkpoint.latest(str(tmp_path)) == str(tmp_path / name)
+    for epoch, expected in ((9, "epoch_10_step_2.pt"), (10, "epoch_10_step_2.pt"), (11, "epoch_latest.pt")):
+        written(tmp_path, "epoch_latest.pt", epoch=epoch)
+        assert checkpoint.latest(str(tmp_path)) == str(tmp_path / expected)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".pt") == []
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, caplog):
+    written(tmp_path, "epoch_1.pt", epoch=1)
+    for name, damage in (("epoch_2.pt", b"gone"), ("epoch_latest.pt", b""), ("epoch_1_step_3.pt", None)):
+        written(tmp_path, name, epoch=2)
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:2000] if damage is None else damage)
+    (tmp_path / "epoch_3_step_x.pt").write_bytes(b"")  # none of ours
+    assert checkpoint.latest(str(tmp_path)) == str(tmp_path / "epoch_1.pt")
+    for name in ("epoch_2.pt", "epoch_latest.pt", "epoch_1_step_3.pt"):
+        assert f"{tmp_path / name}, which can't be read" in caplog.text
+
+
+def test_until_a_checkpoint_is_whole_its_name_keeps_what_it_had(tmp_path):
+    written(tmp_path, "epoch_latest.pt", epoch=1)
+
+    class Unsavable:
+        def __reduce__(self):
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save({"epoch": 2, "rest": Unsavable()}, str(tmp_path / "epoch_latest.pt"))
+    assert checkpoint.load(tmp_path / "epoch_latest.pt")["epoch"] == 1
+
+
 class Planted:
     def __init__(self, path):
         self.path = path

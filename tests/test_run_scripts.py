@@ -114,6 +114,16 @@ def test_one_gpu_needs_no_rendezvous_and_arguments_are_passed_on(tree, machine):
     assert "--imagenet-val" not in given and "--report-to" not in given
 
 
+@pytest.mark.parametrize("script", RECIPES)
+def test_sampling_without_replacement_and_step_checkpoints_are_a_setting_away(tree, machine, script):
+    environ, folder = machine
+    changes = {"SAMPLING": "without-replacement", "SAVE_EVERY_N_STEPS": "500", "MAX_SKIPPED_FRACTION": "0.02"}
+    done = run(["bash", tree / "configs" / script], env={**environ, **changes}, cwd=folder)
+    given = arguments(done.stdout)
+    assert "--dataset-without-replacement" in given and "--dataset-resampled" not in given
+    assert given["--save-every-n-steps"] == ["500"] and given["--max-skipped-fraction"] == ["0.02"]
+
+
 def test_mobileclip_s_models_distill_only_in_the_1b_recipe(tree, machine):
     environ, folder = machine
     done = run(
@@ -134,6 +144,7 @@ def test_mobileclip_s_models_distill_only_in_the_1b_recipe(tree, machine):
         ({"DATASETS": "nowhere"}, "scripts/join_datacompdr12m.sh"),
         ({"DATA": "other/{0..3}.tar"}, "no training shard other/0.tar"),
         ({"PYTHON": "/bin/false"}, "has no torch"),
+        ({"SAMPLING": "none"}, "SAMPLING=none: expected with-replacement or without-replacement"),
     ],
 )
 def test_what_is_missing_is_said_before_torchrun_starts(tree, machine, changes, message):
