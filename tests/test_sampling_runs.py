@@ -34,10 +34,11 @@ from shards import AUGMENTATION, encode, picture, reinforced_sample, stored_embe
 
 from dr.transforms import compose_from_config
 
-SOME = [layout for layout in LAYOUTS if layout.ranks > 1 and layout.sizes != [24, 24, 24, 24]]
+SOME = [layout for layout in LAYOUTS if layout.ranks > 1 and layout.sizes[0] not in (24, 60, 7)]  # nothing divides
 SHARDS, SAMPLES = 4, 24
 STEPS, EPOCHS = 4, 3  # of the runs that are killed
 KEPT = {"save_every_n_steps": 2, "accum_freq": 2, "epochs": EPOCHS, "train_num_samples": 128}
+KEPT["force_patch_dropout"] = 0.5  # draws from the trainer's generators
 
 
 @pytest.fixture(scope="module", autouse=True)
