@@ -208,8 +208,9 @@ def draw_reinforcements(samples, compose, width, mix_ratio, src: Iterable[dict])
     while block := list(islice(src, BLOCK)):
         for sample in block:
             try:
-                drawn = draw_from(samples, sample, compose, random, mix_ratio, width)  # torch seeds `random` for each
-            except BadSample as error:  # rank and worker
+                # torch seeds `random` for each rank and worker
+                drawn = draw_from(samples, sample, compose, random, mix_ratio, width)
+            except BadSample as error:
                 samples.skip(sample, error)
                 continue
             yield drawn

@@ -145,6 +145,12 @@ def _stored_embeddings(sample: dict) -> dict[str, np.ndarray | Tensor]:
     return stored
 
 
+def _check_inflated(archive: zipfile.ZipFile, member: str) -> None:
+    size = sum(entry.file_size for entry in archive.infolist())
+    if size > MAX_INFLATED:
+        raise BadSample(f"oversized {member}", f"{size} bytes inflated, at most {MAX_INFLATED} are taken")
+
+
 def _load_npz(data: bytes) -> dict[str, np.ndarray]:
     """The arrays of an npz; those that are not compressed are views of ``data``, so that what isn't used costs nothing.
 
@@ -152,10 +158,8 @@ def _load_npz(data: bytes) -> dict[str, np.ndarray]:
     """
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        _check_inflated(archive, "npz")
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-        size = sum(entry.file_size for entry in entries.values())
-        if size > MAX_INFLATED:
-            raise BadSample("oversized npz", f"{size} bytes inflated, at most {MAX_INFLATED} are taken")
         for name in EMBEDDINGS:
             entry = entries[name]
             if entry.compress_type == zipfile.ZIP_STORED:
@@ -195,9 +199,7 @@ def _load_pth_gz(data: bytes) -> dict:
     if not stream.eof or stream.unused_data:
         raise BadSample("unreadable pth.gz", "cut off, or more than one gzip stream")
     with zipfile.ZipFile(io.BytesIO(inflated)) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > MAX_INFLATED:
-        raise BadSample("oversized pth.gz", f"{size} bytes inflated, at most {MAX_INFLATED} are taken")
+        _check_inflated(archive, "pth.gz")
     loaded = torch.load(io.BytesIO(inflated), map_location="cpu", weights_only=True)
     return {name: torch.as_tensor(loaded[name]).detach() for name in EMBEDDINGS}  # what is stored may ask for gradients
 
