@@ -133,16 +133,19 @@ def _stored_embeddings(sample: dict) -> dict[str, np.ndarray | Tensor]:
     except Exception as error:  # whatever a broken or hostile file makes the readers raise
         raise BadSample(f"unreadable {member}", f"{type(error).__name__}: {error}") from error
     for name, array in stored.items():
-        found = f"{name} is {getattr(array, 'dtype', type(array))} {list(getattr(array, 'shape', ()))}"
         if isinstance(array, Tensor):
             usable = array.is_floating_point() and array.layout == torch.strided and not array.is_meta
         else:
             usable = array.dtype in (np.float16, np.float32, np.float64)
         if not usable or array.ndim != 2:
-            raise BadSample(f"unreadable {member}", f"{found}, not float [rows, width]")
+            raise BadSample(f"unreadable {member}", f"{name} is {_described(array)}, not float [rows, width]")
         if array.nbytes > MAX_INFLATED:  # few bytes can stand for many by a stride of 0
-            raise BadSample(f"oversized {member}", found)
+            raise BadSample(f"oversized {member}", f"{name} is {_described(array)}")
     return stored
+
+
+def _described(array) -> str:
+    return f"{getattr(array, 'dtype', type(array))} {list(getattr(array, 'shape', ()))}"
 
 
 def _check_inflated(archive: zipfile.ZipFile, member: str) -> None:
@@ -239,7 +242,8 @@ def draw(
 
     Returns:
         ``__key__``, ``__url__``, the image's member as it was, ``params`` (for ``compose.reapply``), ``captions`` (list
-        of 2 or 1 str, the original first), ``image_emb`` float32 ``[ΣD_k]``, ``text_emb`` float32 ``[captions, ΣD_k]``.
+        of 2 or 1 str, the original first), ``image_emb`` ``[ΣD_k]`` and ``text_emb`` ``[captions, ΣD_k]``, float in the
+        precision stored.
 
     Raises:
         BadSample: something is missing, unreadable, not finite, or row counts disagree.
@@ -274,10 +278,9 @@ def draw(
         params = compose.decompress(parameters[augmentation])
     except ValueError as error:
         raise BadSample("augmentation parameters", error) from error
-    image_emb, text_emb = (
-        _rows(stored[n], rows).float() for n, rows in (("image_emb", [augmentation]), ("text_emb", chosen))
-    )
-    if not (image_emb.isfinite().all() and text_emb.isfinite().all()):
+    image_emb, text_emb = _rows(stored["image_emb"], [augmentation]), _rows(stored["text_emb"], chosen)
+    # a sum is finite if all its terms are, and takes a quarter of the time of looking at each
+    if not all(math.isfinite(rows.float().sum(dtype=torch.float64)) for rows in (image_emb, text_emb)):
         raise BadSample("embeddings are not finite")
     member, image = first_member(sample, IMAGE_MEMBERS)
     return {

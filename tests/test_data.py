@@ -9,7 +9,8 @@ from argparse import Namespace
 import pytest
 import torch
 import webdataset as wds
-from shards import AUGMENTATION, reinforced_sample, uid, write_reinforced_shards, write_shard
+from shards import AUGMENTATION, reinforced_sample, stored_embeddings, uid, write_reinforced_shards, write_shard
+from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 from dr.data import UsableSamples, student_augmentation, training_stages
@@ -66,6 +67,21 @@ def test_a_batch_holds_images_texts_and_the_rows_that_belong_to_them(tmp_path):
     assert (texts[:, 0, 0] == 0).all() and (texts[:, 1, 0] > 0).all()
     assert torch.equal(text_emb[:, :, 0], -texts[:, :, 1] - texts[:, :, 0] / 64)
     assert torch.equal(image_emb[:, 0].floor(), torch.arange(8.0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_of_both_precisions_make_float32_batches_without_rounding(tmp_path, workers):
+    stored = [3.0, 1 + 2**-20]  # the second is no bfloat16
+    samples = []
+    for seed, bf16 in enumerate([True, False] * 8):
+        member = stored_embeddings(*[torch.full((4, 12), stored[not bf16])] * 2, bf16)
+        sample = {**reinforced_sample(seed, bf16=bf16), "pth.gz" if bf16 else "npz": member}
+        samples.append((uid(seed), sample))
+    write_shard(tmp_path / "0.tar", samples)
+    source = pipeline(options(tmp_path), str(tmp_path / "0.tar"))
+    _, _, image_emb, text_emb, _ = next(iter(DataLoader(source, batch_size=None, num_workers=workers)))
+    assert image_emb.dtype == text_emb.dtype == torch.float32
+    assert image_emb[:, 0].tolist() == text_emb[:, 1, 0].tolist() == stored * 4
 
 
 def test_the_image_is_the_stored_augmentation_at_the_students_size_and_normalisation(tmp_path):

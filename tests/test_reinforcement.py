@@ -31,9 +31,9 @@ def test_the_embeddings_are_those_of_the_drawn_augmentation_and_captions(bf16, a
         augmentation = stored.index(COMPOSE.compress(drawn["params"]))
         original, synthetic = (int(text.split()[1]) for text in drawn["captions"])
         assert original == 0 and synthetic > 0
-        assert torch.equal(drawn["image_emb"], torch.full((12,), 3 + augmentation / 64))
-        assert torch.equal(drawn["text_emb"], torch.tensor([[-3.0], [-3 - synthetic / 64]]).expand(2, 12))
-        assert drawn["image_emb"].dtype == drawn["text_emb"].dtype == torch.float32
+        assert torch.equal(drawn["image_emb"].float(), torch.full((12,), 3 + augmentation / 64))
+        assert torch.equal(drawn["text_emb"].float(), torch.tensor([[-3.0], [-3 - synthetic / 64]]).expand(2, 12))
+        assert drawn["image_emb"].dtype == drawn["text_emb"].dtype == (torch.bfloat16 if bf16 else torch.float32)
         assert drawn["jpg"] == sample["jpg"]
         seen.add((augmentation, synthetic))
     assert len(seen) == 4 * 3  # every combination comes up
@@ -109,6 +109,7 @@ BROKEN = {
     "too many text rows": (broken(npz=rows(text=5)), "row counts disagree: text_emb has 5 rows for 4 captions"),
     "another width": (broken(npz=rows(width=11)), "embedding width: image_emb is 11 wide, expected 12"),
     "not finite": (broken(npz=rows(fill=float("nan"))), "embeddings are not finite"),
+    "beyond float32": (broken(npz=npz(image_emb=np.full((4, 12), 1e99), text_emb=np.ones((4, 12)))), "not finite"),
     "integers": (broken(npz=npz(image_emb=np.ones((4, 12), int), text_emb=np.ones((4, 12)))), "image_emb is int64"),
     "one array": (broken(npz=npz(image_emb=np.zeros((4, 12)))), "unreadable npz: KeyError"),
     "short npz": (broken(npz=rows()[:-200]), "unreadable npz"),
