@@ -6,11 +6,11 @@
 
 Each prints one table: variant, figure, ratio to the plain way, which is measured in the same run, by turns; medians.
 
-loader      One process, one thread, as a worker of the trainer; CPU time. `plain` reads tars by WebDataset, shuffles
+loader      CPU time of one worker of a DataLoader, its shuffle buffer full. `plain` reads tars by WebDataset, shuffles
             raw samples, decodes every member, picks afterwards, converts the image through RGBA and normalises it to
             float32. `recipe` is dr/data.py. `floor` only decodes the JPEG, crops, resizes, and applies the two drawn
             operations. Without --data on shards of photographs of 512 pixels with 30 augmentations (pip install
-            scikit-image), in both formats of embeddings. Memory is what OpenCLIP's shuffle buffer takes.
+            scikit-image), in both formats of embeddings. Memory is what the shuffle buffer takes.
 loss        Forward and backward of dr/loss.py, and of the formula as it stands in the paper; local × global batch. On
             the CPU a quarter of the recipes' matrices, half as high and half as wide, by one thread's time. `matrix
             products` are those that both need, and nothing else. Memory is the peak over what the features take, the
@@ -33,8 +33,8 @@ import sys
 import tarfile
 import tempfile
 import time
+import zlib
 from argparse import Namespace
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -44,13 +44,14 @@ import webdataset as wds
 from braceexpand import braceexpand
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
-from dr.data import training_stages
+from dr.data import tar_to_samples, training_stages
 from dr.loss import DRClipLoss
 from dr.params import register_model
-from dr.reinforcement import decode_image
+from dr.reinforcement import _stored_embeddings, caption, decode_image, synthetic_captions
 from dr.step import add_teacher, unpack_batch
 from dr.transforms import compose_from_config
 
@@ -217,23 +218,43 @@ def recipe_pipeline(shards, shuffle, batch):
 PIPELINES = {"plain": plain_pipeline, "recipe": recipe_pipeline}
 
 
-def floor_of(shard):
-    """A function that decodes, crops, resizes and applies the two operations, for N samples of a shard in turn."""
+def floor_pipeline(shards, shuffle, batch):
+    """Decode, crop, resize and apply the two operations, for samples in turn; a batch of them is only a number."""
     compose = compose_from_config(json.loads(CONFIG.read_text())["reinforce"]["image_augmentation"])
     crop, augment = compose.transforms["random_resized_crop"], compose.transforms["rand_augment"]
     samples = []
-    for sample in wds.tarfile_to_samples()([{"url": str(shard)}]):
+    for sample in wds.tarfile_to_samples()([{"url": str(shards[0])}]):
         parameters = json.loads(sample["paug.json"])["param_aug"]
-        samples.append((sample, [compose.decompress(stored) for stored in parameters]))
-    rng, turn = random.Random(0), cycle(samples)
-
-    def run(number):
-        for sample, parameters in islice(turn, number):
-            chosen = rng.choice(parameters)
+        samples.append(({"jpg": sample["jpg"]}, [compose.decompress(stored) for stored in parameters]))
+    turn = cycle(samples)
+    while True:
+        for sample, parameters in islice(turn, batch):
+            chosen = random.choice(parameters)
             image = crop.apply(decode_image(sample), chosen["random_resized_crop"])
             augment.apply(image, chosen["rand_augment"])
+        yield (torch.tensor(batch),)
 
-    return run
+
+VARIANTS = {**PIPELINES, "floor": floor_pipeline}
+
+
+class Clocked(IterableDataset):
+    """A variant's batches, each with the CPU time that its worker has spent so far."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __iter__(self):
+        variant, *arguments = self.arguments
+        for batch in VARIANTS[variant](*arguments):
+            yield batch, time.process_time()
+
+
+def worker_seconds(source, batches):
+    """CPU seconds that a worker took for so many batches; it works ahead, so that some of them are there already."""
+    *_, (_, first) = islice(source, 1)
+    *_, (_, last) = islice(source, batches)
+    return last - first
 
 
 def memory_of(variant, shards, size):
@@ -246,7 +267,6 @@ def memory_of(variant, shards, size):
 
 
 def loader(args):
-    torch.set_num_threads(1)
     batch, number = 64, args.batches
     print(
         "| embeddings | variant | samples/s and core | ratio | ms a sample | MB of a shuffle buffer | ratio "
@@ -260,13 +280,20 @@ def loader(args):
             sets = {kind: [str(path)] for kind, path in write_shards(Path(folder), args.samples, args.seed).items()}
         for kind, shards in sets.items():
             random.seed(args.seed)
-            sources = {name: iter(make(shards, (100, 100), batch)) for name, make in PIPELINES.items()}
-            sent = {name: sum(t.nbytes for t in next(source)) / batch / 1000 for name, source in sources.items()}
-            variants = {name: lambda s=source: list(islice(s, number)) for name, source in sources.items()}
-            variants["floor"] = partial(floor_of(shards[0]), number * batch)
-            seconds = {
-                name: took / number / batch for name, took in by_turns(variants, args.runs, time.process_time).items()
+            torch.manual_seed(args.seed)
+            sources = {
+                name: iter(DataLoader(Clocked(name, shards, (args.shuffle, args.shuffle), batch), None, num_workers=1))
+                for name in VARIANTS
             }
+            sent = {name: sum(t.nbytes for t in next(source)[0]) / batch / 1000 for name, source in sources.items()}
+            for source in sources.values():  # as a worker is after its first minutes: the heap takes no new pages
+                worker_seconds(source, 1 + args.shuffle // batch)
+            took = {name: [] for name in VARIANTS}
+            for _ in range(args.runs):
+                for name, source in sources.items():
+                    took[name].append(worker_seconds(source, number) / number / batch)
+            del source, sources  # their workers with them
+            seconds = {name: statistics.median(values) for name, values in took.items()}
             memory = {name: in_fresh_process(memory_of, name, shards, args.shuffle) for name in PIPELINES}
             for name, took in seconds.items():
                 cells = [f"{1 / took:,.0f}", f"{seconds['plain'] / took:.2f}", f"{1000 * took:.2f}"]
@@ -275,41 +302,59 @@ def loader(args):
                     cells += [f"{sent[name]:.0f}", f"{sent[name] / sent['plain']:.2f}"]
                 print(f"| {kind} | {name} | {' | '.join(cells)} |", flush=True)
             if args.profile:
-                profile(shards, args)
+                profile(shards, (args.shuffle, args.shuffle), number * args.runs, seconds)
 
 
-def profile(shards, args):
-    """Where the recipe's time goes: seconds inside each stage, less those inside the stages before it."""
-    spent = {}
+def profile(shards, shuffle, batches, seconds):
+    """Where the recipe's time goes: CPU time inside each stage, less that inside the stages before it.
+
+    Args:
+        shards: tars.
+        shuffle: size of the buffer, twice.
+        batches: how many of 64.
+        seconds: what a sample took in a worker, of each variant.
+    """
+    torch.set_num_threads(1)  # as in a worker
+    # recipe_pipeline's stages; the time of one without a name is the next one's
+    names = ["shards", "", "read tars", "draw rows", "shuffle", "decode and augment", "", "tokenise and batch"]
+    spent = dict.fromkeys(filter(None, names), 0.0)
 
     def timed(name, source):
-        spent[name] = 0.0
         while True:
             start = time.process_time()
             item = next(source)
             spent[name] += time.process_time() - start
             yield item
 
-    names = [
-        "shards",
-        "-",
-        "read tars",
-        "draw rows",
-        "shuffle",
-        "decode, augment",
-        "count",
-        "tokenise, batch",
-    ]
-    first, *stages = recipe_pipeline(shards, (100, 100), 64).pipeline
+    first, *stages = recipe_pipeline(shards, shuffle, 64).pipeline
     source = timed(names[0], first())
     for name, stage in zip(names[1:], stages, strict=True):
-        source = timed(name, iter(stage(source)))
+        source = iter(stage(source))
+        source = timed(name, source) if name else source
     next(source)
     spent.update(dict.fromkeys(spent, 0.0))
-    number = 64 * sum(1 for _ in islice(source, args.batches * args.runs))
-    print("\n| stage | ms a sample |\n|---|---|")
-    for before, name in zip([None, *names], names, strict=False):
-        print(f"| {name} | {1000 * (spent[name] - spent.get(before, 0.0)) / number:.3f} |")
+    for _ in islice(source, batches):
+        pass
+    times = [value / batches / 64 for value in spent.values()]
+    took = {name: now - before for name, before, now in zip(list(spent)[1:], times[:-1], times[1:], strict=True)}
+    took["hand over to the trainer"] = seconds["recipe"] - sum(took.values())  # what the worker takes beyond that
+
+    samples = list(islice(tar_to_samples({"url": url} for url in cycle(shards)), 256))
+    captions = [text for sample in samples for text in (caption(sample), synthetic_captions(sample)[0])]
+    tokenize = tokenizer()
+    within = {
+        ("draw rows", "opening the embeddings"): lambda: [_stored_embeddings(sample) for sample in samples],
+        ("draw rows", "of that, inflating"): lambda: [
+            zlib.decompress(sample["pth.gz"], 31) for sample in samples if "pth.gz" in sample
+        ],
+        ("tokenise and batch", "tokenising"): lambda: tokenize(captions),
+    }
+    alone = {key: took / len(samples) for key, took in by_turns(within, 5, time.process_time).items()}
+    alone["decode and augment", "floor"] = seconds["floor"]
+    print("\n| stage | ms a sample | of which, alone |\n|---|---|---|")
+    for name, value in took.items():
+        parts = ", ".join(f"{part} {1000 * alone[of, part]:.2f}" for of, part in alone if of == name)
+        print(f"| {name} | {1000 * value:.2f} | {parts} |")
     print()
 
 
@@ -498,7 +543,9 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     part = parser.add_argument_group("loader")
     part.add_argument("--data", metavar="PATTERN", help="joined shards of yours")
-    part.add_argument("--samples", type=int, default=300, help="in the shards made without --data; default %(default)s")
+    part.add_argument(
+        "--samples", type=int, default=1000, help="in the shards made without --data; default %(default)s"
+    )
     part.add_argument("--batches", type=int, default=8, help="of 64 samples in a run; default %(default)s")
     part.add_argument("--shuffle", type=int, default=5000, help="samples in the shuffle buffer; default OpenCLIP's")
     part.add_argument("--profile", action="store_true", help="also a table of what each stage costs")
