@@ -18,6 +18,7 @@ DistributedDataParallel does). Without it a rank's gradient reaches its own feat
 Left out: horovod, and batches of different size on different ranks.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,9 +27,10 @@ import torch.distributed.nn
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Elements of local × global batch that are in memory at once; there are up to five such matrices, of 4 bytes each.
-CHUNK = {"cpu": 2**21}
-LARGE_CHUNK = 2**23  # elsewhere: products that keep a GPU busy
+# Elements of local × global batch that are in memory at once, three times, of 4 bytes each. Each chunk reads the whole
+# batch's features again, so that a GPU, whose products take less time than that reading, wants larger ones.
+CHUNK = {"cpu": 2**22}
+LARGE_CHUNK = 2**24  # elsewhere
 
 
 class DRClipLoss(nn.Module):
@@ -208,44 +210,42 @@ def _losses(sides, first, weights, scale, students, with_gradients):
     losses = torch.zeros_like(scale), torch.zeros_like(scale)
     gradients = [torch.zeros_like(scale), *map(torch.zeros_like, students)] if with_gradients else []
     for row_number, column_number, teacher_rows, teacher_columns in sides:
-        columns, share = students[column_number], 1 / (2 * len(students[row_number]))  # half of the mean over rows
-        step = max(1, CHUNK.get(scale.device.type, LARGE_CHUNK) // len(columns))
-        for start in range(0, len(students[row_number]), step):
+        columns, height = students[column_number], len(students[row_number])
+        share = 1 / (2 * height)  # half of the mean over rows
+        chunks = math.ceil(height * len(columns) / CHUNK.get(scale.device.type, LARGE_CHUNK))
+        step = math.ceil(height / chunks)
+        space = scale.new_empty(3, step, len(columns))
+        for start in range(0, height, step):
             chunk = slice(start, start + step)
             rows = students[row_number][chunk]
-            log_p = ((scale * rows) @ columns.T).log_softmax(dim=1)
+            target, log_p, free = space[:, : len(rows)]
+            if weights[1]:  # K times the average of the teachers' distributions
+                target_weight = weights[1] / len(teacher_rows)
+                for number, (teacher_row, teacher_column) in enumerate(zip(teacher_rows, teacher_columns, strict=True)):
+                    torch.mm(teacher_row[chunk], teacher_column.T, out=free)
+                    torch.softmax(free, 1, out=log_p if number else target)
+                    if number:
+                        target += log_p
+            torch.log_softmax(torch.mm(scale * rows, columns.T, out=free), 1, out=log_p)
             own = torch.arange(len(rows), device=rows.device)
             own = own, own + (first + start)
-            target = None
             if weights[0]:
                 losses[0].sub_(log_p[own].sum(), alpha=weights[0] * share)
             if weights[1]:
-                target = _distribution([part[chunk] for part in teacher_rows], teacher_columns)
                 # summed in pairs; as a product of vectors a long row's sum would be off by 3e-5
-                losses[1].sub_(torch.linalg.vecdot(target, log_p).sum(), alpha=weights[1] * share)
+                losses[1].sub_(torch.mul(target, log_p, out=free).sum(), alpha=target_weight * share)
             if with_gradients:
                 # with respect to the logits: (w₀ + w₁) softmax - w₀ diagonal - w₁ target, each row a share of it
                 d_logits = log_p.exp_().mul_(sum(weights))
                 if weights[0]:
                     d_logits[own] -= weights[0]
                 if weights[1]:
-                    d_logits.sub_(target, alpha=weights[1])
+                    d_logits.sub_(target, alpha=target_weight)
                 d_rows = (d_logits @ columns).mul_(share)
                 gradients[0] += torch.linalg.vecdot(d_rows, rows).sum()
                 gradients[1 + row_number][chunk].addcmul_(d_rows, scale)
                 gradients[1 + column_number].addmm_(d_logits.T, rows * (scale * share))
-                del d_logits
-            del log_p, target  # before the next ones are there
     return losses, gradients
-
-
-def _distribution(rows: list[Tensor], columns: list[Tensor]) -> Tensor:
-    """The average of softmax_rows(rows columnsᵀ) over the tensors given, ``[R, C]``."""
-    distributions = ((row @ column.T).softmax(dim=1) for row, column in zip(rows, columns, strict=True))
-    average = next(distributions)
-    for distribution in distributions:
-        average += distribution
-    return average.div_(len(rows))
 
 
 def create_loss(args) -> DRClipLoss:

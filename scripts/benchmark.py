@@ -12,9 +12,8 @@ loader      CPU time of one worker of a DataLoader, its shuffle buffer full. `pl
             operations. Without --data on shards of photographs of 512 pixels with 30 augmentations (pip install
             scikit-image), in both formats of embeddings. Memory is what the shuffle buffer takes.
 loss        Forward and backward of dr/loss.py, and of the formula as it stands in the paper; local × global batch. On
-            the CPU a quarter of the recipes' matrices, half as high and half as wide, by one thread's time. `matrix
-            products` are those that both need, and nothing else. Memory is the peak over what the features take, the
-            gradients included.
+            the CPU with a quarter of the recipes' global batches, by one thread's time. `matrix products` are those
+            that both need, and nothing else. Memory is the peak over what the features take, gradients included.
 step        The reinforced step, and a CLIP step that encodes the same two captions for each image; data in memory.
 
 Leaves out: reading from a disk (the shards are in the page cache), and several GPUs.
@@ -452,8 +451,8 @@ def loss(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP's trainer
     torch.set_num_threads(1)
-    part = 1 if device == "cuda" else 2
-    sizes = args.size or [(1024 // part, 8192 // part), (512 // part, 65536 // part)]
+    part = 1 if device == "cuda" else 4
+    sizes = args.size or [(1024, 8192 // part), (512, 65536 // part)]
     print("| local × global | w₀ w₁ | variant | ms | ratio | MB | ratio | loss | off by |")
     print("|---|---|---|---|---|---|---|---|---|")
     for size in sizes:
