@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's roo
 from dr.data import tar_to_samples, training_stages
 from dr.loss import DRClipLoss
 from dr.params import register_model
-from dr.reinforcement import _stored_embeddings, caption, decode_image, synthetic_captions
+from dr.reinforcement import caption, decode_image, synthetic_captions
 from dr.step import add_teacher, unpack_batch
 from dr.transforms import compose_from_config
 
@@ -342,10 +342,7 @@ def profile(shards, shuffle, batches, seconds):
     captions = [text for sample in samples for text in (caption(sample), synthetic_captions(sample)[0])]
     tokenize = tokenizer()
     within = {
-        ("draw rows", "opening the embeddings"): lambda: [_stored_embeddings(sample) for sample in samples],
-        ("draw rows", "of that, inflating"): lambda: [
-            zlib.decompress(sample["pth.gz"], 31) for sample in samples if "pth.gz" in sample
-        ],
+        ("draw rows", "inflating"): lambda: [zlib.decompress(s["pth.gz"], 31) for s in samples if "pth.gz" in s],
         ("tokenise and batch", "tokenising"): lambda: tokenize(captions),
     }
     alone = {key: took / len(samples) for key, took in by_turns(within, 5, time.process_time).items()}
