@@ -21,7 +21,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
-from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,7 +38,9 @@ from .transforms import compose_from_config, split_for_device
 SHARDS_WITHOUT_A_USABLE_SAMPLE = 10
 USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
 SHUFFLE_BUFFER = 5000  # OpenCLIP's _SAMPLE_SHUFFLE_SIZE
-BLOCK = 64  # samples that are drawn from at once: between images it takes twice as long, caches have forgotten it
+# Samples that are drawn from at once: between images it takes up to twice as long, as caches have forgotten it.
+BLOCK = 64
+BLOCK_BYTES = 2**25  # at which a block of larger samples ends; usual ones make 19 MB
 WARNINGS_OF_A_KIND = 5  # then the 10th, the 100th, …
 
 
@@ -204,8 +205,7 @@ def wds_key(name: str) -> tuple[str, str]:
 
 def draw_reinforcements(samples, compose, width, mix_ratio, src: Iterable[dict]) -> Iterator[dict]:
     """Choose an augmentation, captions and their embeddings for each sample; see ``reinforcement.draw``."""
-    src = samples.count_read(src)
-    while block := list(islice(src, BLOCK)):
+    for block in _blocks(samples.count_read(src)):
         drawn = []
         for sample in block:
             try:
@@ -213,7 +213,19 @@ def draw_reinforcements(samples, compose, width, mix_ratio, src: Iterable[dict])
                 drawn.append(draw_from(samples, sample, compose, random, mix_ratio, width))
             except BadSample as error:
                 samples.skip(sample, error)
+        block.clear()  # not to be kept while images are decoded
         yield from drawn
+
+
+def _blocks(src: Iterable[dict]) -> Iterator[list[dict]]:
+    block, size = [], 0
+    for sample in src:
+        block.append(sample)
+        size += sum(map(len, sample.values()))
+        if len(block) == BLOCK or size >= BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    yield block
 
 
 def draw_from(samples, sample: dict, compose, rng, mix_ratio, width) -> dict:

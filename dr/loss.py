@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Elements of local × global batch that are in memory at once, three times, of 4 bytes each. Each chunk reads the whole
-# batch's features again, so that a GPU, whose products take less time than that reading, wants larger ones.
+# batch's features again: half of this costs a CPU a tenth of its time; a GPU should want more still (not measured).
 CHUNK = {"cpu": 2**22}
 LARGE_CHUNK = 2**24  # elsewhere
 
@@ -188,7 +188,8 @@ class _Losses(torch.autograd.Function):
         else:
             scale, *students = ctx.saved_tensors
             weights = [weight * gradient for weight, gradient in zip(ctx.weights, outer, strict=True)]
-            _, gradients = _losses(ctx.sides, ctx.first, weights, scale, students, True)
+            with torch.autocast(scale.device.type, enabled=False):
+                _, gradients = _losses(ctx.sides, ctx.first, weights, scale, students, True)
         return None, None, None, *gradients
 
 
@@ -209,23 +210,25 @@ def _losses(sides, first, weights, scale, students, with_gradients):
     """
     losses = torch.zeros_like(scale), torch.zeros_like(scale)
     gradients = [torch.zeros_like(scale), *map(torch.zeros_like, students)] if with_gradients else []
+    height, width = len(students[sides[0][0]]), len(students[sides[0][1]])  # of all sides
+    share = 1 / (2 * height)  # half of the mean over rows
+    chunks = math.ceil(height * width / CHUNK.get(scale.device.type, LARGE_CHUNK))
+    step = math.ceil(height / chunks)
+    space = students[0].new_empty(3 if weights[1] else 2, step, width)  # used again for each chunk
     for row_number, column_number, teacher_rows, teacher_columns in sides:
-        columns, height = students[column_number], len(students[row_number])
-        share = 1 / (2 * height)  # half of the mean over rows
-        chunks = math.ceil(height * len(columns) / CHUNK.get(scale.device.type, LARGE_CHUNK))
-        step = math.ceil(height / chunks)
-        space = scale.new_empty(3, step, len(columns))
+        columns = students[column_number]
         for start in range(0, height, step):
             chunk = slice(start, start + step)
             rows = students[row_number][chunk]
-            target, log_p, free = space[:, : len(rows)]
-            if weights[1]:  # K times the average of the teachers' distributions
+            log_p, free, *targets = space[:, : len(rows)]
+            if weights[1]:  # the sum of the teachers' distributions
+                (targets,) = targets
                 target_weight = weights[1] / len(teacher_rows)
                 for number, (teacher_row, teacher_column) in enumerate(zip(teacher_rows, teacher_columns, strict=True)):
                     torch.mm(teacher_row[chunk], teacher_column.T, out=free)
-                    torch.softmax(free, 1, out=log_p if number else target)
+                    torch.softmax(free, 1, out=log_p if number else targets)
                     if number:
-                        target += log_p
+                        targets += log_p
             torch.log_softmax(torch.mm(scale * rows, columns.T, out=free), 1, out=log_p)
             own = torch.arange(len(rows), device=rows.device)
             own = own, own + (first + start)
@@ -233,14 +236,14 @@ def _losses(sides, first, weights, scale, students, with_gradients):
                 losses[0].sub_(log_p[own].sum(), alpha=weights[0] * share)
             if weights[1]:
                 # summed in pairs; as a product of vectors a long row's sum would be off by 3e-5
-                losses[1].sub_(torch.mul(target, log_p, out=free).sum(), alpha=target_weight * share)
+                losses[1].sub_(torch.mul(targets, log_p, out=free).sum(), alpha=target_weight * share)
             if with_gradients:
-                # with respect to the logits: (w₀ + w₁) softmax - w₀ diagonal - w₁ target, each row a share of it
+                # with respect to the logits: (w₀ + w₁) softmax - w₀ diagonal - w₁ average of targets, each row a share
                 d_logits = log_p.exp_().mul_(sum(weights))
                 if weights[0]:
                     d_logits[own] -= weights[0]
                 if weights[1]:
-                    d_logits.sub_(target, alpha=target_weight)
+                    d_logits.sub_(targets, alpha=target_weight)
                 d_rows = (d_logits @ columns).mul_(share)
                 gradients[0] += torch.linalg.vecdot(d_rows, rows).sum()
                 gradients[1 + row_number][chunk].addcmul_(d_rows, scale)

@@ -134,7 +134,8 @@ def _stored_embeddings(sample: dict) -> dict[str, np.ndarray | Tensor]:
         raise BadSample(f"unreadable {member}", f"{type(error).__name__}: {error}") from error
     for name, array in stored.items():
         if isinstance(array, Tensor):
-            usable = array.is_floating_point() and array.layout == torch.strided and not array.is_meta
+            floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            usable = array.dtype in floats and array.layout == torch.strided and not array.is_meta
         else:
             usable = array.dtype in (np.float16, np.float32, np.float64)
         if not usable or array.ndim != 2:
@@ -279,7 +280,7 @@ def draw(
     except ValueError as error:
         raise BadSample("augmentation parameters", error) from error
     image_emb, text_emb = _rows(stored["image_emb"], [augmentation]), _rows(stored["text_emb"], chosen)
-    # a sum is finite if all its terms are, and takes a quarter of the time of looking at each
+    # one infinite or NaN term makes the sum so, in a third of the time of looking at each; float64 can't overflow
     if not all(math.isfinite(rows.float().sum(dtype=torch.float64)) for rows in (image_emb, text_emb)):
         raise BadSample("embeddings are not finite")
     member, image = first_member(sample, IMAGE_MEMBERS)

@@ -11,15 +11,17 @@ loader      CPU time of one worker of a DataLoader, its shuffle buffer full. `pl
             float32. `recipe` is dr/data.py. `floor` only decodes the JPEG, crops, resizes, and applies the two drawn
             operations. Without --data on shards of photographs of 512 pixels with 30 augmentations (pip install
             scikit-image), in both formats of embeddings. Memory is what the shuffle buffer takes.
-loss        Forward and backward of dr/loss.py, and of the formula as it stands in the paper; local × global batch. On
-            the CPU with a quarter of the recipes' global batches, by one thread's time. `matrix products` are those
-            that both need, and nothing else. Memory is the peak over what the features take, gradients included.
+loss        Forward and backward of dr/loss.py, and of the formula as it stands in the paper, terms of weight 0
+            included; local × global batch. On the CPU a quarter of the larger sizes, by one thread's time. `matrix
+            products` are those that both need, and nothing else. Memory is the peak over what the features take,
+            gradients included.
 step        The reinforced step, and a CLIP step that encodes the same two captions for each image; data in memory.
 
 Leaves out: reading from a disk (the shards are in the page cache), and several GPUs.
 """
 
 import argparse
+import ctypes
 import gzip
 import io
 import json
@@ -183,7 +185,7 @@ def plain_pipeline(shards, shuffle, batch):
     return wds.DataPipeline(
         lambda: ({"url": url} for url in cycle(shards)),
         wds.tarfile_to_samples(),
-        wds.shuffle(shuffle[0], initial=shuffle[1]),
+        wds.shuffle(shuffle[0], initial=shuffle[1], rng=random.Random(0)),
         wds.map(decode),
         wds.map(pick),
         wds.batched(batch, partial=False),
@@ -209,7 +211,7 @@ def recipe_pipeline(shards, shuffle, batch):
         stages.shards,
         stages.open,
         stages.read,
-        wds.shuffle(shuffle[0], initial=shuffle[1]),
+        wds.shuffle(shuffle[0], initial=shuffle[1], rng=random.Random(0)),
         *stages.prepare,
     )
 
@@ -287,12 +289,12 @@ def loader(args):
             sent = {name: sum(t.nbytes for t in next(source)[0]) / batch / 1000 for name, source in sources.items()}
             for source in sources.values():  # as a worker is after its first minutes: the heap takes no new pages
                 worker_seconds(source, 1 + args.shuffle // batch)
-            took = {name: [] for name in VARIANTS}
+            turns = {name: [] for name in VARIANTS}
             for _ in range(args.runs):
                 for name, source in sources.items():
-                    took[name].append(worker_seconds(source, number) / number / batch)
+                    turns[name].append(worker_seconds(source, number) / number / batch)
             del source, sources  # their workers with them
-            seconds = {name: statistics.median(values) for name, values in took.items()}
+            seconds = {name: statistics.median(values) for name, values in turns.items()}
             memory = {name: in_fresh_process(memory_of, name, shards, args.shuffle) for name in PIPELINES}
             for name, took in seconds.items():
                 cells = [f"{1 / took:,.0f}", f"{seconds['plain'] / took:.2f}", f"{1000 * took:.2f}"]
@@ -335,20 +337,22 @@ def profile(shards, shuffle, batches, seconds):
     for _ in islice(source, batches):
         pass
     times = [value / batches / 64 for value in spent.values()]
-    took = {name: now - before for name, before, now in zip(list(spent)[1:], times[:-1], times[1:], strict=True)}
-    took["hand over to the trainer"] = seconds["recipe"] - sum(took.values())  # what the worker takes beyond that
+    stages = {name: now - before for name, before, now in zip(list(spent)[1:], times[:-1], times[1:], strict=True)}
+    stages["hand over to the trainer"] = seconds["recipe"] - sum(stages.values())  # what the worker takes beyond that
 
     samples = list(islice(tar_to_samples({"url": url} for url in cycle(shards)), 256))
     captions = [text for sample in samples for text in (caption(sample), synthetic_captions(sample)[0])]
     tokenize = tokenizer()
     within = {
-        ("draw rows", "inflating"): lambda: [zlib.decompress(s["pth.gz"], 31) for s in samples if "pth.gz" in s],
+        ("draw rows", "inflating"): lambda: [zlib.decompress(sample["pth.gz"], 31) for sample in samples],
         ("tokenise and batch", "tokenising"): lambda: tokenize(captions),
     }
-    alone = {key: took / len(samples) for key, took in by_turns(within, 5, time.process_time).items()}
+    if "npz" in samples[0]:
+        del within["draw rows", "inflating"]
+    alone = {key: value / len(samples) for key, value in by_turns(within, 5, time.process_time).items()}
     alone["decode and augment", "floor"] = seconds["floor"]
     print("\n| stage | ms a sample | of which, alone |\n|---|---|---|")
-    for name, value in took.items():
+    for name, value in stages.items():
         parts = ", ".join(f"{part} {1000 * alone[of, part]:.2f}" for of, part in alone if of == name)
         print(f"| {name} | {1000 * value:.2f} | {parts} |")
     print()
@@ -438,6 +442,7 @@ def loss_memory(name, size, weights, device, seed):
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to count
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     run()
@@ -449,7 +454,7 @@ def loss(args):
     torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP's trainer
     torch.set_num_threads(1)
     part = 1 if device == "cuda" else 4
-    sizes = args.size or [(1024, 8192 // part), (512, 65536 // part)]
+    sizes = args.size or [(256, 8192), (1024, 8192 // part), (512, 65536 // part)]
     print("| local × global | w₀ w₁ | variant | ms | ratio | MB | ratio | loss | off by |")
     print("|---|---|---|---|---|---|---|---|---|")
     for size in sizes:

@@ -84,6 +84,22 @@ def test_samples_of_both_precisions_make_float32_batches_without_rounding(tmp_pa
     assert image_emb[:, 0].tolist() == text_emb[:, 1, 0].tolist() == stored * 4
 
 
+def test_large_samples_end_a_block_early(tmp_path, monkeypatch):
+    monkeypatch.setattr("dr.data.BLOCK_BYTES", 20_000)  # a sample holds some 3 KB
+    read, opened = [], training_stages(options(tmp_path), preprocess(), tokenizer, True, 1)
+    members = [{**reinforced_sample(seed), "__key__": uid(seed)} for seed in range(100)]
+
+    def source():
+        for sample in members:
+            read.append(sample["__key__"])
+            yield sample
+
+    drawn = opened.read(source())
+    size = sum(map(len, members[0].values()))
+    assert next(drawn)["__key__"] == uid(0) and 1 < len(read) <= 20_000 // size + 2
+    assert [sample["__key__"] for sample in drawn] == [uid(seed) for seed in range(1, 100)]
+
+
 def test_the_image_is_the_stored_augmentation_at_the_students_size_and_normalisation(tmp_path):
     random.seed(1)
     batch = next(iter(pipeline(options(tmp_path), write_reinforced_shards(tmp_path))))

@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dr.loss import DRClipLoss
 
@@ -23,8 +27,10 @@ def close(actual, expected, rtol=1e-5):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("chunk", [17, 10**6])
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: str(list(case.values())[:3]))
-def test_known_answers_are_met(case):
+def test_known_answers_are_met(monkeypatch, case, chunk):
+    monkeypatch.setattr("dr.loss.CHUNK", {"cpu": chunk})
     student = {name: FEATURES[name].clone().requires_grad_() for name in ("image", "text", "syn")}
     logit_scale = torch.tensor(GOLDEN["logit_scale"], requires_grad=True)
     loss = DRClipLoss(
@@ -160,9 +166,9 @@ def test_labels_may_be_cached_while_the_batch_size_changes():
 
 
 # --- gradients without a matrix of local × global batch ---------------------------------------------------------------
-def formula(image, text, dist_image, dist_text, syn, dist_syn, weights, scale):
+def formula(image, text, dist_image, dist_text, syn, dist_syn, weights, scale, dims=GOLDEN["teacher_dimension"]):
     """(contrastive, distill) as the paper has them, average after softmax, for autograd."""
-    dims, labels = GOLDEN["teacher_dimension"], torch.arange(len(image))
+    labels = torch.arange(len(image))
     contrastive = distill = 0.0
     for student, teacher in ((text, dist_text), (syn, dist_syn)):
         for a, b, ta, tb in ((image, student, dist_image, teacher), (student, image, teacher, dist_image)):
@@ -207,6 +213,74 @@ def test_gradients_are_the_formulas_whatever_the_chunk_and_the_gradient_of_each_
     for again in (first, torch.autograd.grad(total, leaves)):
         for ours, theirs in zip((*actual, *again), (*expected, *gradients), strict=True):
             close(ours, theirs.detach() if theirs.requires_grad else theirs)
+
+
+@pytest.mark.parametrize("teachers", [1, 3])
+def test_one_and_three_teachers_in_chunks_of_two_rows_and_one(monkeypatch, teachers):
+    leaves, args = students_and_scale()
+    total = args[2].shape[1]
+    dims = [total] if teachers == 1 else [2, 3, total - 5]
+    args = tuple(features[:5] for features in args)
+    expected = sum(formula(*args, (0.25, 0.75), leaves[-1], dims))
+    monkeypatch.setattr("dr.loss.CHUNK", {"cpu": 11})
+    loss = DRClipLoss(
+        teacher_dimension=dims,
+        distill_loss_weights=(0.25, 0.75),
+        average_after_softmax=True,
+        dist_logit_scale=30.0,
+    )
+    actual = sum(call_with(loss, args, leaves[-1]))
+    close(actual, expected.detach())
+    for ours, theirs in zip(*(torch.autograd.grad(value, leaves) for value in (actual, expected)), strict=True):
+        close(ours, theirs)
+
+
+def test_gradients_computed_again_under_autocast_are_float32_ones():
+    gradients = []
+    for autocast in (False, True):
+        leaves, args = students_and_scale()
+        loss = DRClipLoss(teacher_dimension=GOLDEN["teacher_dimension"], dist_logit_scale=30.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            contrastive, distill = call_with(loss, args, leaves[-1])
+            gradients.append(torch.autograd.grad(2 * contrastive + 3 * distill, leaves))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that were in the memory of tensors made under it at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.bytes, self.peak = Counter(), {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(out)):
+            storage = tensor.untyped_storage()
+            address, self.bytes[storage.data_ptr()] = storage.data_ptr(), storage.nbytes()
+            self.held[address] += 1
+            weakref.finalize(tensor, self.release, address)
+        self.peak = max(self.peak, sum(self.bytes[address] for address, count in self.held.items() if count > 0))
+        return out
+
+    def release(self, address):
+        self.held[address] -= 1
+
+
+@pytest.mark.parametrize(("weights", "matrices"), [((0.25, 0.75), 3), ((0.0, 1.0), 3), ((1.0, 0.0), 2)])
+def test_of_local_times_global_batch_only_chunks_are_in_memory_and_few_of_them(monkeypatch, weights, matrices):
+    size, rows = 512, 64
+    monkeypatch.setattr("dr.loss.CHUNK", {"cpu": rows * size})
+    features = [F.normalize(torch.randn(size, 4), dim=1) for _ in range(6)]
+    image, text, syn = (f.requires_grad_() for f in features[:3])
+    loss = DRClipLoss(
+        teacher_dimension=[2, 2], distill_loss_weights=weights, dist_logit_scale=30.0, average_after_softmax=True
+    )
+    with LiveBytes() as live:
+        sum(loss(image, text, torch.tensor(9.0), *features[3:5], syn, features[5])).backward()
+    matrix = 4 * rows * size
+    assert matrices * matrix < live.peak < (matrices + 1) * matrix  # features and gradients are less than one
 
 
 def call_with(loss, args, scale):

@@ -111,6 +111,7 @@ BROKEN = {
     "not finite": (broken(npz=rows(fill=float("nan"))), "embeddings are not finite"),
     "beyond float32": (broken(npz=npz(image_emb=np.full((4, 12), 1e99), text_emb=np.ones((4, 12)))), "not finite"),
     "integers": (broken(npz=npz(image_emb=np.ones((4, 12), int), text_emb=np.ones((4, 12)))), "image_emb is int64"),
+    "float8": (broken(npz=None, pth_gz=pth_gz(torch.ones(4, 12).to(torch.float8_e4m3fn))), "image_emb is torch.float8"),
     "one array": (broken(npz=npz(image_emb=np.zeros((4, 12)))), "unreadable npz: KeyError"),
     "short npz": (broken(npz=rows()[:-200]), "unreadable npz"),
     "no npz": (broken(npz=b"hello"), "unreadable npz"),
