@@ -29,14 +29,22 @@ import webdataset as wds
 from torch.utils.data import default_collate, get_worker_info
 from torchvision.transforms import InterpolationMode
 
-from .reinforcement import IMAGE_MEMBERS, PLAIN_MEMBERS, REINFORCED_MEMBERS, BadSample, decode_image, draw, missing
+from .reinforcement import (
+    IMAGE_MEMBERS,
+    PLAIN_MEMBERS,
+    REINFORCED_MEMBERS,
+    USED_MEMBERS,
+    BadSample,
+    decode_image,
+    draw,
+    missing,
+)
 from .tar import read_members
 from .transforms import compose_from_config, split_for_device
 
 # A worker gives up after all of its shards, or this many, and a shuffle buffer's worth of samples beyond, when not one
 # sample of them could be used. DataComp-12M has 12,500 samples in a shard.
 SHARDS_WITHOUT_A_USABLE_SAMPLE = 10
-USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
 SHUFFLE_BUFFER = 5000  # OpenCLIP's _SAMPLE_SHUFFLE_SIZE
 # Samples that are drawn from at once: between images it takes up to twice as long, as caches have forgotten it.
 BLOCK = 64

@@ -19,7 +19,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from . import checkpoint
 from .data import (
@@ -316,7 +316,7 @@ def _seeded(key: str) -> Iterator[None]:
 def _plain_batches(samples, tokenizer, batch_size, src: Iterable[dict]) -> Iterator[tuple]:
     """Batches as OpenCLIP's own: images ``[B, 3, H, W]`` and texts ``[B, L]``."""
     for rows, texts in tokenised_batches(samples, tokenizer, batch_size, src):
-        yield torch.stack([row["image"] for row in rows]), texts[:, 0]
+        yield default_collate([row["image"] for row in rows]), texts[:, 0]
 
 
 def _relative(shards: Sequence[str]) -> list[str]:

@@ -220,9 +220,9 @@ def _losses(sides, first, weights, scale, students, with_gradients):
         for start in range(0, height, step):
             chunk = slice(start, start + step)
             rows = students[row_number][chunk]
-            log_p, free, *targets = space[:, : len(rows)]
-            if weights[1]:  # the sum of the teachers' distributions
-                (targets,) = targets
+            log_p, free = space[:2, : len(rows)]
+            if weights[1]:
+                targets = space[2, : len(rows)]  # the sum of the teachers' distributions
                 target_weight = weights[1] / len(teacher_rows)
                 for number, (teacher_row, teacher_column) in enumerate(zip(teacher_rows, teacher_columns, strict=True)):
                     torch.mm(teacher_row[chunk], teacher_column.T, out=free)

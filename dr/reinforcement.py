@@ -34,6 +34,7 @@ REINFORCED_MEMBERS = {
     "augmentation parameters": ("paug.json",),
     "embeddings": ("npz", "pth.gz"),
 }
+USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
 EMBEDDINGS = ("image_emb", "text_emb")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # and no others: some of Pillow's formats start a program
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's have at most 512 x 512

@@ -13,8 +13,8 @@ from collections import OrderedDict
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from .data import USED_MEMBERS, wds_key
-from .reinforcement import BadSample
+from .data import wds_key
+from .reinforcement import USED_MEMBERS, BadSample
 from .tar import member_spans
 
 KEPT_SAMPLES = 30_000  # of open shards, for each worker: two shards of DataComp, and 1 KB each

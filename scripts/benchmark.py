@@ -98,6 +98,10 @@ def in_fresh_process(function, *arguments):
 
 
 # --- loader -----------------------------------------------------------------------------------------------------------
+def stored_augmentation():
+    return compose_from_config(json.loads(CONFIG.read_text())["reinforce"]["image_augmentation"])
+
+
 def photograph(photos, rng):
     """A part of a photograph, 512 pixels long, with the noise that makes real ones as large as they are."""
     photo = photos[rng.integers(len(photos))]
@@ -118,7 +122,7 @@ def write_shards(folder, samples, seed):
     photos = [Image.fromarray(getattr(data, name)()) for name in ("astronaut", "coffee", "chelsea", "rocket")]
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    compose = compose_from_config(json.loads(CONFIG.read_text())["reinforce"]["image_augmentation"])
+    compose = stored_augmentation()
     shards = {"fp32 npz": folder / "fp32.tar", "bf16 pth.gz": folder / "bf16.tar"}
     with tarfile.open(shards["fp32 npz"], "w") as wide, tarfile.open(shards["bf16 pth.gz"], "w") as narrow:
         for number in range(samples):
@@ -160,7 +164,7 @@ def tokenizer():
 
 
 def plain_pipeline(shards, shuffle, batch):
-    compose = compose_from_config(json.loads(CONFIG.read_text())["reinforce"]["image_augmentation"])
+    compose = stored_augmentation()
     tokenize = tokenizer()
 
     def decode(sample):
@@ -221,7 +225,7 @@ PIPELINES = {"plain": plain_pipeline, "recipe": recipe_pipeline}
 
 def floor_pipeline(shards, shuffle, batch):
     """Decode, crop, resize and apply the two operations, for samples in turn; a batch of them is only a number."""
-    compose = compose_from_config(json.loads(CONFIG.read_text())["reinforce"]["image_augmentation"])
+    compose = stored_augmentation()
     crop, augment = compose.transforms["random_resized_crop"], compose.transforms["rand_augment"]
     samples = []
     for sample in wds.tarfile_to_samples()([{"url": str(shards[0])}]):

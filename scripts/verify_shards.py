@@ -46,7 +46,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
 from dr.reinforcement import (
     MAX_INFLATED,
-    REINFORCED_MEMBERS,
+    USED_MEMBERS,
     BadSample,
     augmentation_parameters,
     caption,
@@ -58,7 +58,6 @@ from dr.reinforcement import (
 from dr.transforms import Compose, compose_from_config
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "datacompdr12m.json"
-USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
 MAX_MEMBER = MAX_INFLATED  # bytes of a member as it is stored; more are not read
 UNIT_TOLERANCE = {torch.bfloat16: 1e-2}  # bfloat16 has 8 bits
 UNIT_TOLERANCE_ELSE = 1e-3

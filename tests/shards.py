@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,28 @@ def stored_embeddings(image_emb, text_emb, bf16=False):
         return gzip.compress(stream.getvalue())
     np.savez(stream, image_emb=image_emb.numpy(), text_emb=text_emb.numpy())
     return stream.getvalue()
+
+
+def tokenizer(texts):
+    """Caption t of sample s -> [t, s]."""
+    return torch.tensor([[int(text.split()[1]), int(text.split()[3])] for text in texts])
+
+
+def reinforcement_options(folder, **others):
+    """The trainer's options of reinforced training, with a config in ``folder``, and ``others``."""
+    config = folder / "config.json"
+    config.write_text(json.dumps({"reinforce": {"image_augmentation": AUGMENTATION}}))
+    return Namespace(
+        **{
+            "dataset_reinforcement": True,
+            "dataset_reinforcement_config": str(config),
+            "dataset_reinforcement_mix_synthetic": False,
+            "dataset_reinforcement_mix_synthetic_ratio": 0.0,
+            "distill_teacher_dimension": [8, 4],
+            "image_interpolation": None,
+            **others,
+        }
+    )
 
 
 def write_reinforced_shards(folder, shards=2, samples=20, **kwargs):

@@ -9,7 +9,16 @@ from argparse import Namespace
 import pytest
 import torch
 import webdataset as wds
-from shards import AUGMENTATION, reinforced_sample, stored_embeddings, uid, write_reinforced_shards, write_shard
+from shards import (
+    AUGMENTATION,
+    reinforced_sample,
+    reinforcement_options,
+    stored_embeddings,
+    tokenizer,
+    uid,
+    write_reinforced_shards,
+    write_shard,
+)
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
@@ -26,26 +35,8 @@ def preprocess(size=24, interpolation=T.InterpolationMode.BICUBIC, mean=(0.5, 0.
     )
 
 
-def tokenizer(texts):
-    """Caption t of sample s -> [t, s]."""
-    return torch.tensor([[int(text.split()[1]), int(text.split()[3])] for text in texts])
-
-
 def options(tmp_path, **changes):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"reinforce": {"image_augmentation": AUGMENTATION}}))
-    return Namespace(
-        **{
-            "dataset_reinforcement": True,
-            "dataset_reinforcement_config": str(config),
-            "dataset_reinforcement_mix_synthetic": False,
-            "dataset_reinforcement_mix_synthetic_ratio": 0.0,
-            "distill_teacher_dimension": [8, 4],
-            "image_interpolation": None,
-            "batch_size": 8,
-            **changes,
-        }
-    )
+    return reinforcement_options(tmp_path, **{"batch_size": 8, **changes})
 
 
 def pipeline(args, shards, repeat=True, is_train=True):

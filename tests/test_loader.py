@@ -6,13 +6,21 @@ import json
 import os
 import random
 import sys
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment, run
-from shards import AUGMENTATION, encode, picture, reinforced_sample, uid, write_reinforced_shards, write_shard
+from shards import (
+    encode,
+    picture,
+    reinforced_sample,
+    reinforcement_options,
+    tokenizer,
+    uid,
+    write_reinforced_shards,
+    write_shard,
+)
 from torchvision import transforms as T
 
 from dr import checkpoint
@@ -24,38 +32,23 @@ PREPROCESS = T.Compose(
 )
 
 
-def tokenizer(texts):
-    """Caption t of sample s -> [t, s]."""
-    return torch.tensor([[int(text.split()[1]), int(text.split()[3])] for text in texts])
-
-
 def options(tmp_path, **changes):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"reinforce": {"image_augmentation": AUGMENTATION}}))
-    return Namespace(
-        **{
-            "accum_freq": 1,
-            "batch_size": 5,
-            "dataset_reinforcement": True,
-            "dataset_reinforcement_config": str(config),
-            "dataset_reinforcement_mix_synthetic": False,
-            "dataset_reinforcement_mix_synthetic_ratio": 0.0,
-            "dataset_without_replacement": True,
-            "distill_teacher_dimension": [8, 4],
-            "distributed": False,
-            "image_interpolation": None,
-            "max_skipped_fraction": 1.0,
-            "rank": 0,
-            "resume": None,
-            "save_every_n_steps": 0,
-            "seed": 0,
-            "train_data": "data",
-            "train_num_samples": None,
-            "workers": 0,
-            "world_size": 1,
-            **changes,
-        }
-    )
+    others = {
+        "accum_freq": 1,
+        "batch_size": 5,
+        "dataset_without_replacement": True,
+        "distributed": False,
+        "max_skipped_fraction": 1.0,
+        "rank": 0,
+        "resume": None,
+        "save_every_n_steps": 0,
+        "seed": 0,
+        "train_data": "data",
+        "train_num_samples": None,
+        "workers": 0,
+        "world_size": 1,
+    }
+    return reinforcement_options(tmp_path, **{**others, **changes})
 
 
 def shards(pattern_or_folder):

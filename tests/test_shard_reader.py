@@ -7,8 +7,7 @@ import webdataset as wds
 from shards import reinforced_sample, uid, write_reinforced_shards, write_shard
 
 from dr import shard_reader
-from dr.data import USED_MEMBERS
-from dr.reinforcement import BadSample
+from dr.reinforcement import USED_MEMBERS, BadSample
 from dr.shard_reader import ShardReader, count_samples, sizes_beside
 from dr.tar import member_spans
 
