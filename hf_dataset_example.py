@@ -29,7 +29,13 @@ import urllib.request
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, ProxyHandler, UnknownHandler
+from urllib.request import (
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    ProxyHandler,
+    UnknownHandler,
+)
 
 import open_clip
 import torch
@@ -39,7 +45,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from dr.params import register_model
-from dr.reinforcement import (
+from dr.sample import (
     IMAGE_MEMBERS,
     MAX_INFLATED,
     REINFORCED_MEMBERS,
@@ -57,14 +63,17 @@ ROOT = Path(__file__).resolve().parent
 REPOSITORY = "apple/DataCompDR-12M"
 SHARD = "00000000.tar"
 PICTURE = {"an image": IMAGE_MEMBERS}
-STORED = {name: REINFORCED_MEMBERS[name] for name in ("synthetic captions", "augmentation parameters", "embeddings")}
+STORED = {
+    name: REINFORCED_MEMBERS[name]
+    for name in ("synthetic captions", "augmentation parameters", "embeddings")
+}
 
 READ_AHEAD = 2**18  # bytes asked of the Hub at a time; a sample has about 230 KB
-TIMEOUT = 10  # seconds that a picture's server may be silent; for the whole picture three times as long
-MAX_IMAGE = 2**25  # bytes of a picture as downloaded
-USER_AGENT = (
-    "Mozilla/5.0 (compatible; clip-dataset-reinforcement/0.1; +https://huggingface.co/datasets/apple/DataCompDR-12M)"
+TIMEOUT = (
+    10  # seconds that a picture's server may be silent; for the whole picture three times as long
 )
+MAX_IMAGE = 2**25  # bytes of a picture as downloaded
+USER_AGENT = "Mozilla/5.0 (compatible; clip-dataset-reinforcement/0.1; +https://huggingface.co/datasets/apple/DataCompDR-12M)"
 HTTP_ONLY = (
     *(ProxyHandler, HTTPHandler, HTTPSHandler, HTTPRedirectHandler, UnknownHandler),
     *(urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler),
@@ -102,8 +111,14 @@ def open_shard(shard: Path | str) -> Iterator[tuple[str, dict[str, bytes]]]:
             stream = HfFileSystem().open(f"datasets/{shard}/{SHARD}", block_size=READ_AHEAD)
         with stream:
             yield from read_samples(stream)
-    except Exception as error:  # of the files, the tar, huggingface_hub, or the HTTP library below it
-        hint = "" if isinstance(shard, Path) else "; is there a network? --shard FILE reads a local shard"
+    except (
+        Exception
+    ) as error:  # of the files, the tar, huggingface_hub, or the HTTP library below it
+        hint = (
+            ""
+            if isinstance(shard, Path)
+            else "; is there a network? --shard FILE reads a local shard"
+        )
         found = printable(f"{type(error).__name__}: {error}", 300)
         raise SystemExit(f"error: can't read the shard {shard}: {found}{hint}") from None
 
@@ -137,13 +152,19 @@ def fetch_image(sample: dict[str, bytes]) -> bytes:
         url = sample["url.txt"].decode().strip()
         expected = json.loads(sample["json"])["sha256"]
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise BadSample("no picture, and no address (url.txt) with sha256 (json) to fetch it", error) from error
-    opener = urllib.request.OpenerDirector()  # urlopen would follow a stranger's address to file: and ftp: as well
+        raise BadSample(
+            "no picture, and no address (url.txt) with sha256 (json) to fetch it", error
+        ) from error
+    opener = (
+        urllib.request.OpenerDirector()
+    )  # urlopen would follow a stranger's address to file: and ftp: as well
     for handler in HTTP_ONLY:
         opener.add_handler(handler())
     data = b""
     try:
-        address = urllib.parse.quote(url, safe=string.punctuation)  # some have spaces, or letters beyond ASCII
+        address = urllib.parse.quote(
+            url, safe=string.punctuation
+        )  # some have spaces, or letters beyond ASCII
         request = urllib.request.Request(address, headers={"User-Agent": USER_AGENT})
         with at_most(3 * TIMEOUT), opener.open(request, timeout=TIMEOUT) as response:
             while chunk := response.read1(2**16):
@@ -153,14 +174,18 @@ def fetch_image(sample: dict[str, bytes]) -> bytes:
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise BadSample("dead link", f"{url}: {str(error) or type(error).__name__}") from error
     if (found := hashlib.sha256(data).hexdigest()) != expected:
-        raise BadSample("changed picture", f"{url}: sha256 {found[:8]}…, embedded was {str(expected)[:8]}…")
+        raise BadSample(
+            "changed picture", f"{url}: sha256 {found[:8]}…, embedded was {str(expected)[:8]}…"
+        )
     return data
 
 
 # --- 3. one augmentation, one synthetic caption, and the rows that belong to them -------------------------------------
 
 
-def choose(sample: dict[str, bytes], compose: Compose, augmentation: int | None = None, seed: int = 0) -> dict:
+def choose(
+    sample: dict[str, bytes], compose: Compose, augmentation: int | None = None, seed: int = 0
+) -> dict:
     """Apply a stored augmentation again, and take its row and those of the captions.
 
     Args:
@@ -179,17 +204,23 @@ def choose(sample: dict[str, bytes], compose: Compose, augmentation: int | None 
     parameters, captions = augmentation_parameters(sample), synthetic_captions(sample)
     for name, rows in ("image_emb", len(parameters)), ("text_emb", 1 + len(captions)):
         if len(stored[name]) != rows:
-            raise BadSample("row counts disagree", f"{name} has {len(stored[name])} rows, expected {rows}")
+            raise BadSample(
+                "row counts disagree", f"{name} has {len(stored[name])} rows, expected {rows}"
+            )
     rng = random.Random(seed)
     drawn, synthetic = rng.randrange(len(parameters)), rng.randrange(len(captions))
     augmentation = drawn if augmentation is None else augmentation
     if augmentation >= len(parameters):
-        raise SystemExit(f"error: --augmentation {augmentation}: this sample has {len(parameters)}, counted from 0")
+        raise SystemExit(
+            f"error: --augmentation {augmentation}: this sample has {len(parameters)}, counted from 0"
+        )
     try:
         parameters = [compose.decompress(compressed) for compressed in parameters]
         image, _ = compose.reapply(picture, parameters[augmentation])
     except ValueError as error:
-        raise BadSample("augmentation parameters", f"{error}; --config says what they are for") from error
+        raise BadSample(
+            "augmentation parameters", f"{error}; --config says what they are for"
+        ) from error
     return {
         "picture": picture,
         "augmentation": augmentation,
@@ -200,7 +231,9 @@ def choose(sample: dict[str, bytes], compose: Compose, augmentation: int | None 
         "stored": stored,
         "image": image,
         "image_emb": stored["image_emb"][augmentation],
-        "text_emb": stored["text_emb"][0],  # the original caption has the first row, the synthetic ones follow
+        "text_emb": stored["text_emb"][
+            0
+        ],  # the original caption has the first row, the synthetic ones follow
         "syn_text_emb": stored["text_emb"][1 + synthetic],
     }
 
@@ -232,7 +265,9 @@ def cosines(image_emb: Tensor, text_emb: Tensor, widths: list[int]) -> Tensor:
 def printable(text: str, length: int = 1000) -> str:
     """A stranger's text in one line, without what a terminal would obey."""
     line = " ".join(text[: 4 * length].split())
-    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+    line = "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line
+    )
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
@@ -248,7 +283,10 @@ def in_words(params: dict) -> list[str]:
             lines.append(f"{width}x{height} at {left}, {top}")
         elif name == "rand_augment":
             ops = [(RAND_AUGMENT_OPS[op][0], magnitude) for op, magnitude in value or ()]
-            lines += [f"{op} {units.get(op, '{:+.2f}').format(magnitude)}".strip() for op, magnitude in ops]
+            lines += [
+                f"{op} {units.get(op, '{:+.2f}').format(magnitude)}".strip()
+                for op, magnitude in ops
+            ]
         elif value not in (None, False):
             lines.append(f"{name} {value}" if value is not True else name)
     return lines
@@ -271,10 +309,14 @@ def tell(name: str, chosen: dict, similarity: Tensor, teachers: list[str]) -> No
     print(f"{name}\n")
     for field, said in words.items():
         tensor = chosen[field]
-        print(f"{field:13} {list(tensor.shape)!s:14} {str(tensor.dtype).removeprefix('torch.'):9} {said}")
+        print(
+            f"{field:13} {list(tensor.shape)!s:14} {str(tensor.dtype).removeprefix('torch.'):9} {said}"
+        )
     print(f"\n{'caption':13} {original}\n{'syn_caption':13} {printable(chosen['captions'][s])}\n")
     for teacher, of_captions in zip(teachers, similarity[:, :, a], strict=True):
-        print(f"{teacher}: cosine with the caption {of_captions[0]:.3f}, the synthetic one {of_captions[1 + s]:.3f}")
+        print(
+            f"{teacher}: cosine with the caption {of_captions[0]:.3f}, the synthetic one {of_captions[1 + s]:.3f}"
+        )
 
 
 # --- 5. and as a picture: --output ------------------------------------------------------------------------------------
@@ -290,16 +332,22 @@ COLD, HOT = (244, 248, 252), (8, 64, 129)  # the lowest and the highest similari
 font_of = functools.cache(ImageFont.load_default)  # of a size in pixels
 
 
-def write(draw, at, text: str, size: int, fill=INK, anchor: str = "la", width: float = WIDTH) -> None:
+def write(
+    draw, at, text: str, size: int, fill=INK, anchor: str = "la", width: float = WIDTH
+) -> None:
     """One line of text, cut to ``width`` pixels. Pillow's font has no accents, and of the dashes only one."""
-    text = unicodedata.normalize("NFKD", printable(text, 300).translate(str.maketrans("–—−×", "---x")))
+    text = unicodedata.normalize(
+        "NFKD", printable(text, 300).translate(str.maketrans("–—−×", "---x"))
+    )
     font, text = font_of(size), "".join(c for c in text if not unicodedata.combining(c))
     while font.getlength(text) > width and len(text) > 1:
         text = text[:-2].rstrip() + "…"
     draw.text(at, text, fill, font, anchor)
 
 
-def draw_sheet(name: str, chosen: dict, similarity: Tensor, teachers: list[str], compose: Compose) -> Image.Image:
+def draw_sheet(
+    name: str, chosen: dict, similarity: Tensor, teachers: list[str], compose: Compose
+) -> Image.Image:
     """The original, its augmentations as a student sees them, and each teacher's similarity of them and the captions.
 
     What was chosen is framed.
@@ -308,7 +356,9 @@ def draw_sheet(name: str, chosen: dict, similarity: Tensor, teachers: list[str],
     captions = [chosen["caption"] or NO_CAPTION, *chosen["captions"]][:MOST_CAPTIONS]
     rows_chosen = (0, 1 + chosen["synthetic"])
     try:
-        views = [to_pil_image(compose.reapply(chosen["picture"], params)[0]) for params in parameters]
+        views = [
+            to_pil_image(compose.reapply(chosen["picture"], params)[0]) for params in parameters
+        ]
     except ValueError as error:
         raise BadSample("augmentation parameters", error) from error
     lines = max(len(in_words(params)) for params in parameters)
@@ -316,13 +366,17 @@ def draw_sheet(name: str, chosen: dict, similarity: Tensor, teachers: list[str],
     top_of_grid = MARGIN + max(ORIGINAL + 30, 118 + 34 * len(captions)) + 76
     top_of_maps = top_of_grid + grid_row * -(-len(views) // COLUMNS) + 20
     map_height = 76 + ROW * len(captions) + 26
-    sheet = Image.new("RGB", (WIDTH, top_of_maps + map_height * len(teachers) + MARGIN - 26), "white")
+    sheet = Image.new(
+        "RGB", (WIDTH, top_of_maps + map_height * len(teachers) + MARGIN - 26), "white"
+    )
     draw = ImageDraw.Draw(sheet)
 
     # the original and its captions
     picture = ImageOps.contain(chosen["picture"], (ORIGINAL, ORIGINAL), Image.Resampling.BICUBIC)
     sheet.paste(picture, (MARGIN, MARGIN))
-    draw.rectangle([MARGIN - 1, MARGIN - 1, MARGIN + picture.width, MARGIN + picture.height], outline=LINE)
+    draw.rectangle(
+        [MARGIN - 1, MARGIN - 1, MARGIN + picture.width, MARGIN + picture.height], outline=LINE
+    )
     size = f"the original, {chosen['picture'].width}x{chosen['picture'].height}"
     write(draw, (MARGIN, MARGIN + picture.height + 8), size, 17, GREY)
     x, y = MARGIN + ORIGINAL + 44, MARGIN
@@ -368,11 +422,20 @@ def draw_sheet(name: str, chosen: dict, similarity: Tensor, teachers: list[str],
             write(draw, (left + cell * (column + 0.5), top - 8), str(column), 14, color, "ms")
         for row, text in enumerate(captions):
             color = CHOSEN if row in rows_chosen else INK
-            write(draw, (left - 12, top + ROW * (row + 0.5)), text, 16, color, "rm", width=LABELS - 12)
+            write(
+                draw, (left - 12, top + ROW * (row + 0.5)), text, 16, color, "rm", width=LABELS - 12
+            )
             for column, value in enumerate(table[row].tolist()):
                 heat = (value - low) / (high - low) if high > low else 0.5
-                color = tuple(round(cold + heat * (hot - cold)) for cold, hot in zip(COLD, HOT, strict=True))
-                box = [left + cell * column, top + ROW * row, left + cell * (column + 1) - 2, top + ROW * (row + 1) - 2]
+                color = tuple(
+                    round(cold + heat * (hot - cold)) for cold, hot in zip(COLD, HOT, strict=True)
+                )
+                box = [
+                    left + cell * column,
+                    top + ROW * row,
+                    left + cell * (column + 1) - 2,
+                    top + ROW * (row + 1) - 2,
+                ]
                 draw.rectangle(box, fill=color)
                 middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
                 digits = f"{value:.2f}".replace("0.", ".", 1)
@@ -388,22 +451,41 @@ def draw_sheet(name: str, chosen: dict, similarity: Tensor, teachers: list[str],
 def at_least(lowest: int):
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"found {text}, expected a number of at least {lowest}")
+            raise argparse.ArgumentTypeError(
+                f"found {text}, expected a number of at least {lowest}"
+            )
         return int(text)
 
     return number
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--bf16", action="store_true", help=f"read {REPOSITORY}-bf16, with embeddings in bfloat16")
-    source.add_argument("--shard", type=Path, metavar="FILE", help="read this shard, joined or not, not one of the Hub")
-    parser.add_argument("--index", type=at_least(0), default=0, help="first sample to try (default %(default)s)")
-    parser.add_argument("--tries", type=at_least(1), default=10, help="samples to try (default %(default)s)")
+    source.add_argument(
+        "--bf16", action="store_true", help=f"read {REPOSITORY}-bf16, with embeddings in bfloat16"
+    )
+    source.add_argument(
+        "--shard",
+        type=Path,
+        metavar="FILE",
+        help="read this shard, joined or not, not one of the Hub",
+    )
+    parser.add_argument(
+        "--index", type=at_least(0), default=0, help="first sample to try (default %(default)s)"
+    )
+    parser.add_argument(
+        "--tries", type=at_least(1), default=10, help="samples to try (default %(default)s)"
+    )
     parser.add_argument("--augmentation", type=at_least(0), help="which one (default: drawn)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE.png", help="draw all that is stored with the sample")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what is drawn (default %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.png", help="draw all that is stored with the sample"
+    )
     parser.add_argument(
         "--config",
         type=Path,
@@ -420,7 +502,9 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
     if args.output and (args.output.suffix != ".png" or not args.output.absolute().parent.is_dir()):
-        parser.error(f"--output: found {args.output}, expected a name that ends in .png in a folder that is there")
+        parser.error(
+            f"--output: found {args.output}, expected a name that ends in .png in a folder that is there"
+        )
     return args
 
 
@@ -441,20 +525,32 @@ def main(arguments=None) -> None:
         config = json.loads(args.config.read_text())
         steps = config["reinforce"]["image_augmentation"]
         compose = compose_from_config(steps)
-        to_look_at = compose_from_config({step: steps[step] for step in steps if step != "normalize"})
+        to_look_at = compose_from_config(
+            {step: steps[step] for step in steps if step != "normalize"}
+        )
         models = zip(config["model_name"].split(","), config["pretrained"].split(","), strict=True)
-        models = [(Path(name).name.removesuffix(".json"), Path(weights).name) for name, weights in models]
+        models = [
+            (Path(name).name.removesuffix(".json"), Path(weights).name) for name, weights in models
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SystemExit(f"error: --config {args.config} can't be used: {type(error).__name__}: {error}") from None
-    widths = args.teacher_dimension or teacher_dimensions(config["model_name"].split(","), args.config)
+        raise SystemExit(
+            f"error: --config {args.config} can't be used: {type(error).__name__}: {error}"
+        ) from None
+    widths = args.teacher_dimension or teacher_dimensions(
+        config["model_name"].split(","), args.config
+    )
     if len(widths) != len(models):
         given = " ".join(map(str, widths))
-        raise SystemExit(f"error: --teacher-dimension {given} doesn't fit: the config has {len(models)} teachers")
+        raise SystemExit(
+            f"error: --teacher-dimension {given} doesn't fit: the config has {len(models)} teachers"
+        )
     teachers = [f"teacher {k}: {name}, {weights}" for k, (name, weights) in enumerate(models)]
     shard = args.shard or (f"{REPOSITORY}-bf16" if args.bf16 else REPOSITORY)
 
     number = None
-    for number, (key, sample) in islice(enumerate(open_shard(shard)), args.index, args.index + args.tries):
+    for number, (key, sample) in islice(
+        enumerate(open_shard(shard)), args.index, args.index + args.tries
+    ):
         try:
             for lack in missing(sample, STORED):
                 raise BadSample(lack)
@@ -489,7 +585,9 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a caption may have letters that this terminal has not
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # a caption may have letters that this terminal has not
     try:
         main()
     except KeyboardInterrupt:

@@ -73,7 +73,9 @@ def latest(folder: str) -> str | None:
     """
     found = []
     for path in glob.glob(os.path.join(glob.escape(folder), "epoch_*.pt")):
-        numbers = re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pt|" + re.escape(LATEST), os.path.basename(path))
+        numbers = re.fullmatch(
+            r"epoch_(\d+)(?:_step_(\d+))?\.pt|" + re.escape(LATEST), os.path.basename(path)
+        )
         if not numbers:
             continue
         if numbers[1] is None:
@@ -111,7 +113,9 @@ def resumed(args) -> dict:
 @lru_cache(1)
 def _resumed(path: str) -> dict:
     if os.path.isfile(path):
-        return copy.deepcopy(load(path, map_location="cpu", mmap=True).get("dr", {}))  # which lets go of the file
+        return copy.deepcopy(
+            load(path, map_location="cpu", mmap=True).get("dr", {})
+        )  # which lets go of the file
     with fsspec.open(path, "rb") as file:  # on a remote file system
         return load(file, map_location="cpu").get("dr", {})
 
@@ -135,13 +139,21 @@ class Checkpoints:
     """
 
     def __init__(self, args, loader, model, optimizer, scaler):
-        self.args, self.loader, self.model, self.optimizer, self.scaler = args, loader, model, optimizer, scaler
+        self.args, self.loader, self.model, self.optimizer, self.scaler = (
+            args,
+            loader,
+            model,
+            optimizer,
+            scaler,
+        )
         self.group = self.asked = None
         self.terminated = False
         if not resumes(args):
             return
         if args.distributed:
-            self.group = dist.new_group(backend="gloo")  # the ranks agree beside the GPUs' work, without waiting for it
+            self.group = dist.new_group(
+                backend="gloo"
+            )  # the ranks agree beside the GPUs' work, without waiting for it
         signal.signal(signal.SIGTERM, self._terminate)
         generators = [rank["generators"] for rank in resumed(args).get("ranks", [])]
         if len(generators) == args.world_size:
@@ -197,12 +209,16 @@ class Checkpoints:
         if terminate:
             if self.group is not None:
                 dist.barrier(self.group)  # torchrun ends the others when the first of them ends
-            logging.info(f"Ends after step {step} of epoch {epoch}, as SIGTERM asked for; go on with --resume latest")
+            logging.info(
+                f"Ends after step {step} of epoch {epoch}, as SIGTERM asked for; go on with --resume latest"
+            )
             sys.exit(TERMINATED)
 
     def after_epoch(self, epoch: int, writer=None) -> None:
         """Report what was skipped in an epoch; all ranks call this at its end."""
-        if hasattr(self.loader, "report_skipped"):  # not OpenCLIP's loaders of csv files and of synthetic data
+        if hasattr(
+            self.loader, "report_skipped"
+        ):  # not OpenCLIP's loaders of csv files and of synthetic data
             self.loader.report_skipped(self.args, epoch, writer)
 
     def _terminate(self, *_) -> None:

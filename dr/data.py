@@ -29,7 +29,7 @@ import webdataset as wds
 from torch.utils.data import default_collate, get_worker_info
 from torchvision.transforms import InterpolationMode
 
-from .reinforcement import (
+from .sample import (
     IMAGE_MEMBERS,
     PLAIN_MEMBERS,
     REINFORCED_MEMBERS,
@@ -39,7 +39,7 @@ from .reinforcement import (
     draw,
     missing,
 )
-from .tar import read_members
+from .tar import read_samples
 from .transforms import compose_from_config, split_for_device
 
 # A worker gives up after all of its shards, or this many, and a shuffle buffer's worth of samples beyond, when not one
@@ -131,7 +131,9 @@ class UsableSamples:
 
     def give_up(self) -> None:
         worker = get_worker_info()
-        needs = "; ".join(f"{name} ({' or '.join(extensions)})" for name, extensions in self.members.items())
+        needs = "; ".join(
+            f"{name} ({' or '.join(extensions)})" for name, extensions in self.members.items()
+        )
         found = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(8))
         raise RuntimeError(
             f"worker {worker.id if worker else 0} went through {len(self.opened)} shards and {self.read} samples, and "
@@ -150,10 +152,16 @@ def keep_image_and_caption(samples: UsableSamples, src: Iterable[dict]) -> Itera
         lacks = missing(sample, PLAIN_MEMBERS)
         samples.reasons.update(lacks)
         samples.unreported.update(lacks[:1])
-        yield {name: data for name, data in sample.items() if name in (*IMAGE_MEMBERS, "txt") or name.startswith("__")}
+        yield {
+            name: data
+            for name, data in sample.items()
+            if name in (*IMAGE_MEMBERS, "txt") or name.startswith("__")
+        }
 
 
-def student_augmentation(config: dict, preprocess: Callable, interpolation: str | None = None) -> dict:
+def student_augmentation(
+    config: dict, preprocess: Callable, interpolation: str | None = None
+) -> dict:
     """The stored augmentation as the student sees it.
 
     Output size, interpolation and normalisation are those of the student's own preprocessing, whatever the config says.
@@ -163,18 +171,31 @@ def student_augmentation(config: dict, preprocess: Callable, interpolation: str 
         preprocess: OpenCLIP's training transform of the student.
         interpolation: ``--image-interpolation``, where it was given (the training transform doesn't follow it).
     """
-    crop = next((t for t in preprocess.transforms if hasattr(t, "size") and hasattr(t, "interpolation")), None)
-    normalize = next((t for t in preprocess.transforms if hasattr(t, "mean") and hasattr(t, "std")), None)
+    crop = next(
+        (t for t in preprocess.transforms if hasattr(t, "size") and hasattr(t, "interpolation")),
+        None,
+    )
+    normalize = next(
+        (t for t in preprocess.transforms if hasattr(t, "mean") and hasattr(t, "std")), None
+    )
     if crop is None or normalize is None:
-        raise ValueError(f"the student's preprocessing has no crop or no normalisation to follow: {preprocess}")
+        raise ValueError(
+            f"the student's preprocessing has no crop or no normalisation to follow: {preprocess}"
+        )
     if interpolation in (None, "random"):
         interpolation = crop.interpolation
-        interpolation = interpolation.value if isinstance(interpolation, InterpolationMode) else "bicubic"
+        interpolation = (
+            interpolation.value if isinstance(interpolation, InterpolationMode) else "bicubic"
+        )
     size = crop.size if isinstance(crop.size, int) else list(crop.size)
     as_list = [[float(v) for v in values] for values in (normalize.mean, normalize.std)]
     return {
         **config,
-        "random_resized_crop": {**config["random_resized_crop"], "size": size, "interpolation": interpolation},
+        "random_resized_crop": {
+            **config["random_resized_crop"],
+            "size": size,
+            "interpolation": interpolation,
+        },
         "to_tensor": {"enable": True},
         "normalize": dict(zip(("mean", "std"), as_list, strict=True)),
     }
@@ -188,27 +209,13 @@ def tar_to_samples(src: Iterable[dict]) -> Iterator[dict]:
         side by side, and their key is what comes before the first dot of the file's name.
     """
     for shard in src:
-        url, sample = shard["url"], {}
+        url = shard["url"]
         try:
             with wds.gopen(url) as stream:
-                for name, data in read_members(stream, lambda name: wds_key(name)[1].lower() in USED_MEMBERS):
-                    key, extension = wds_key(name)
-                    extension = extension.lower()
-                    if sample and (key != sample["__key__"] or extension in sample):
-                        yield sample
-                        sample = {}
-                    sample.update({"__key__": key, "__url__": url, extension: data})
+                for key, members in read_samples(stream, USED_MEMBERS.__contains__):
+                    yield {"__key__": key, "__url__": url, **members}
         except Exception as error:  # streams of all kinds: files, pipes, HTTP
             logging.warning(f"Gave up shard {url}: {type(error).__name__}: {error}")
-        if sample:
-            yield sample
-
-
-def wds_key(name: str) -> tuple[str, str]:
-    """A member's key and extension: the name up to the first dot after the last slash, and what follows it."""
-    start = name.rfind("/") + 1
-    stem, _, extension = name[start:].partition(".")
-    return name[:start] + stem, extension if stem else ""
 
 
 def draw_reinforcements(samples, compose, width, mix_ratio, src: Iterable[dict]) -> Iterator[dict]:
@@ -268,10 +275,15 @@ def augment(sample: dict, compose) -> dict:
         image, _ = compose.reapply(img, sample["params"])
     except ValueError as error:
         raise BadSample("augmentation parameters", error) from error
-    return {**sample, "image": image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))}
+    return {
+        **sample,
+        "image": image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image)),
+    }
 
 
-def batch_reinforced(samples, tokenizer, statistics, batch_size, src: Iterable[dict]) -> Iterator[tuple]:
+def batch_reinforced(
+    samples, tokenizer, statistics, batch_size, src: Iterable[dict]
+) -> Iterator[tuple]:
     """Tokenise and stack; what is left over at the end is dropped, as OpenCLIP does in training.
 
     Yields:
@@ -280,11 +292,15 @@ def batch_reinforced(samples, tokenizer, statistics, batch_size, src: Iterable[d
     for rows, texts in tokenised_batches(samples, tokenizer, batch_size, src):
         # default_collate: a worker writes the batch where the trainer finds it, without another copy
         images = default_collate([row["image"] for row in rows])
-        image_emb, text_emb = (default_collate([row[n].float() for row in rows]) for n in ("image_emb", "text_emb"))
+        image_emb, text_emb = (
+            default_collate([row[n].float() for row in rows]) for n in ("image_emb", "text_emb")
+        )
         yield images, texts, image_emb, text_emb, statistics
 
 
-def tokenised_batches(samples, tokenizer, batch_size, src: Iterable[dict]) -> Iterator[tuple[list[dict], torch.Tensor]]:
+def tokenised_batches(
+    samples, tokenizer, batch_size, src: Iterable[dict]
+) -> Iterator[tuple[list[dict], torch.Tensor]]:
     """Samples in batches, and their captions as int64 ``[B, captions, L]``.
 
     A batch's captions are tokenised at once: one by one between images it takes three times as long, as neither finds
@@ -328,7 +344,12 @@ def reinforcement_settings(args, preprocess: Callable) -> tuple:
     dimensions = args.distill_teacher_dimension
     width = None if dimensions == [-1] else sum(dimensions)
     mixed = args.dataset_reinforcement_mix_synthetic
-    return compose, statistics, width, args.dataset_reinforcement_mix_synthetic_ratio if mixed else None
+    return (
+        compose,
+        statistics,
+        width,
+        args.dataset_reinforcement_mix_synthetic_ratio if mixed else None,
+    )
 
 
 def outlive_sigterm(*_) -> None:
@@ -382,7 +403,9 @@ def training_stages(
         open=None,
         read=partial(keep_image_and_caption, samples),
         prepare=None,
-        used=samples.count_used if is_train else iter,  # with few validation shards some workers have none
+        used=samples.count_used
+        if is_train
+        else iter,  # with few validation shards some workers have none
         decoding_failed=samples.decoding_failed,
         report=samples.report if is_train else iter,
     )

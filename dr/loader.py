@@ -33,7 +33,7 @@ from .data import (
     reinforcement_settings,
     tokenised_batches,
 )
-from .reinforcement import PLAIN_MEMBERS, REINFORCED_MEMBERS, BadSample, caption, decode_image, missing
+from .sample import PLAIN_MEMBERS, REINFORCED_MEMBERS, BadSample, caption, decode_image, missing
 from .sampling import Cursor, Order, former_layouts, positions
 from .shard_reader import ShardReader, count_samples, sizes_beside
 
@@ -67,7 +67,13 @@ class CountingLoader:
             )
         if resumed:
             same = len(resumed["ranks"]) == args.world_size
-            ranks = resumed["ranks"][args.rank : args.rank + 1] if same else resumed["ranks"] if args.rank == 0 else []
+            ranks = (
+                resumed["ranks"][args.rank : args.rank + 1]
+                if same
+                else resumed["ranks"]
+                if args.rank == 0
+                else []
+            )
             for rank in ranks:
                 self.read += rank["read"]
                 self.skipped.update(rank["skipped"])
@@ -108,7 +114,10 @@ class CountingLoader:
         self.read, self.skipped = 0, Counter()
         if args.rank != 0:
             return
-        read, counts = sum(read for read, _ in ranks), sum((Counter(skipped) for _, skipped in ranks), Counter())
+        read, counts = (
+            sum(read for read, _ in ranks),
+            sum((Counter(skipped) for _, skipped in ranks), Counter()),
+        )
         fraction = counts.total() / max(read, 1)
         logging.info(
             f"Skipped in epoch {epoch}: {counts.total()} of {read} samples ({fraction:.2%})"
@@ -150,12 +159,18 @@ class PassLoader(CountingLoader):
         saved = checkpoint.resumed(args).get("sampling")
         self.sizes = self._same_data(args, saved) if saved else _sizes(args, self.shards)
         if not sum(self.sizes):
-            raise SystemExit(f"error: no sample in {len(self.shards)} shards of --train-data {args.train_data}")
+            raise SystemExit(
+                f"error: no sample in {len(self.shards)} shards of --train-data {args.train_data}"
+            )
         self.cursors: list[Cursor] = [(0, 0)] * self.layout[1]  # of this rank's streams
         if saved:
             cursors = [tuple(cursor) for cursor in saved["cursors"]]
             if saved["layout"] == self.layout:
-                self.cursors, self.taken, self.former = cursors[self.own], saved["taken"], saved["former"]
+                self.cursors, self.taken, self.former = (
+                    cursors[self.own],
+                    saved["taken"],
+                    saved["former"],
+                )
             else:
                 self.former = [*former_layouts(saved["former"], cursors), cursors]
                 self.cursors = [(min(cursors)[0], 0)] * self.layout[1]
@@ -164,23 +179,31 @@ class PassLoader(CountingLoader):
                     f"after {saved['layout'][0]} x {saved['layout'][1]}"
                 )
         global_batch = args.batch_size * args.world_size
-        num_batches = math.ceil((args.train_num_samples or sum(self.sizes)) / (global_batch * args.accum_freq))
+        num_batches = math.ceil(
+            (args.train_num_samples or sum(self.sizes)) / (global_batch * args.accum_freq)
+        )
         num_batches *= args.accum_freq
         self.streams = _Streams(args, preprocess, tokenizer, self.shards, self.sizes)
         super().__init__((), num_batches, num_batches * global_batch, args)
-        logging.info(f"{sum(self.sizes)} samples in {len(self.shards)} shards, without replacement, seed {self.seed}")
+        logging.info(
+            f"{sum(self.sizes)} samples in {len(self.shards)} shards, without replacement, seed {self.seed}"
+        )
 
     def _same_data(self, args, saved: dict) -> list[int]:
         """The sizes in a checkpoint; it must be of the same seed and shards."""
         if saved["seed"] != self.seed:
-            raise SystemExit(f"error: --seed {self.seed}, but {args.resume} was written with --seed {saved['seed']}")
+            raise SystemExit(
+                f"error: --seed {self.seed}, but {args.resume} was written with --seed {saved['seed']}"
+            )
         if saved["names"] != self.names:
             differ = sorted(set(saved["names"]) ^ set(self.names)) or ["their order"]
             raise SystemExit(
                 f"error: {args.resume} was written with {len(saved['names'])} shards, --train-data has "
                 f"{len(self.names)}. What differs: {', '.join(differ[:5])}{' …' * (len(differ) > 5)}"
             )
-        for name, known, size in zip(self.names, _known_sizes(self.shards), saved["sizes"], strict=True):
+        for name, known, size in zip(
+            self.names, _known_sizes(self.shards), saved["sizes"], strict=True
+        ):
             if known not in (None, size):
                 raise SystemExit(
                     f"error: {name} had {size} samples when {args.resume} was written, sizes.json says {known} now"
@@ -219,7 +242,14 @@ class _Streams(IterableDataset):
     Workers are made anew for each epoch, after ``start`` has said where the streams stand.
     """
 
-    def __init__(self, args, preprocess: Callable, tokenizer: Callable, shards: Sequence[str], sizes: Sequence[int]):
+    def __init__(
+        self,
+        args,
+        preprocess: Callable,
+        tokenizer: Callable,
+        shards: Sequence[str],
+        sizes: Sequence[int],
+    ):
         self.seed, self.shards, self.sizes = args.seed, shards, sizes
         self.members = REINFORCED_MEMBERS if args.dataset_reinforcement else PLAIN_MEMBERS
         if args.dataset_reinforcement:
@@ -231,7 +261,9 @@ class _Streams(IterableDataset):
             self._batched = partial(_plain_batches, tokenizer=tokenizer)
         self._batched = partial(self._batched, batch_size=args.batch_size)
 
-    def start(self, former, layout: list[int], first: int, cursors: list[Cursor], taken: int, batches: int) -> None:
+    def start(
+        self, former, layout: list[int], first: int, cursors: list[Cursor], taken: int, batches: int
+    ) -> None:
         """Say where an epoch, or what is left of it, begins.
 
         Args:
@@ -259,10 +291,14 @@ class _Streams(IterableDataset):
         """Endlessly, the usable samples of a stream; ``self.cursors`` follows."""
         total, streams = sum(self.sizes), math.prod(self.layout)
         wanted = {extension for extensions in self.members.values() for extension in extensions}
-        reader, order = ShardReader(self.shards, wanted), lru_cache(2)(partial(Order, self.seed, sizes=self.sizes))
+        reader, order = (
+            ShardReader(self.shards, wanted),
+            lru_cache(2)(partial(Order, self.seed, sizes=self.sizes)),
+        )
         # a worker gives up when not one of so many samples can be used: twice its part of a pass, or ten shards
         patience = min(
-            2 * total // streams, SHARDS_WITHOUT_A_USABLE_SAMPLE * total // len(self.shards) + SHUFFLE_BUFFER
+            2 * total // streams,
+            SHARDS_WITHOUT_A_USABLE_SAMPLE * total // len(self.shards) + SHUFFLE_BUFFER,
         )
         patience = max(patience, 1000)
         for pass_, position, cursor in positions(
@@ -285,7 +321,9 @@ class _Streams(IterableDataset):
             yield row
 
 
-def _reinforced_row(compose, mix_ratio, width, samples: UsableSamples, sample: dict, seed: int, pass_: int) -> dict:
+def _reinforced_row(
+    compose, mix_ratio, width, samples: UsableSamples, sample: dict, seed: int, pass_: int
+) -> dict:
     return augment(draw_from(samples, sample, compose, (seed, pass_), mix_ratio, width), compose)
 
 
@@ -304,7 +342,9 @@ def _seeded(key: str) -> Iterator[None]:
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(own.getrandbits(64))
     np.random.seed(own.getrandbits(32))
-    torch.default_generator.manual_seed(own.getrandbits(63))  # torch.manual_seed would go on to the GPUs
+    torch.default_generator.manual_seed(
+        own.getrandbits(63)
+    )  # torch.manual_seed would go on to the GPUs
     try:
         yield
     finally:
@@ -338,12 +378,16 @@ def _sizes(args, shards: Sequence[str]) -> list[int]:
     sizes = _known_sizes(shards)
     unknown = [place for place, size in enumerate(sizes) if size is None]
     if unknown and args.rank == 0:
-        logging.info(f"Counting the samples of {len(unknown)} shards, which no sizes.json beside them tells")
+        logging.info(
+            f"Counting the samples of {len(unknown)} shards, which no sizes.json beside them tells"
+        )
     own = unknown[args.rank :: args.world_size]
     counted = dict(zip(own, count_samples([shards[place] for place in own]), strict=True))
     for place, (size, fault) in counted.items():
         if fault:
-            logging.warning(f"Shard {shards[place]} counts as one of {size} samples, the rest can't be read: {fault}")
+            logging.warning(
+                f"Shard {shards[place]} counts as one of {size} samples, the rest can't be read: {fault}"
+            )
     for counts in checkpoint.gathered(args, counted):
         for place, (size, _) in counts.items():
             sizes[place] = size

@@ -65,7 +65,9 @@ class DRClipLoss(nn.Module):
     ):
         super().__init__()
         if use_horovod:
-            raise ValueError("DRClipLoss does not run under horovod: start with torchrun, without --horovod")
+            raise ValueError(
+                "DRClipLoss does not run under horovod: start with torchrun, without --horovod"
+            )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.rank = rank
@@ -79,7 +81,9 @@ class DRClipLoss(nn.Module):
                 f"dist_logit_scale has {len(scales)} values, teacher_dimension {len(self.teacher_dimension)}: "
                 "give one scale, or one for each teacher"
             )
-        self.dist_logit_scale = list(scales) * (len(self.teacher_dimension) if len(scales) == 1 else 1)
+        self.dist_logit_scale = list(scales) * (
+            len(self.teacher_dimension) if len(scales) == 1 else 1
+        )
 
     def forward(
         self,
@@ -112,21 +116,37 @@ class DRClipLoss(nn.Module):
                 one of the two synthetic arguments without the other.
         """
         if (syn_text_features is None) != (dist_syn_text_features is None):
-            raise ValueError("syn_text_features and dist_syn_text_features go together: one of them is None")
+            raise ValueError(
+                "syn_text_features and dist_syn_text_features go together: one of them is None"
+            )
         with torch.autocast(device_type=image_features.device.type, enabled=False):
             image = self._rows_and_columns(image_features.float())
             dist_image = self._teacher_rows_and_columns(dist_image_features)
             students, sides = list(dict.fromkeys(image)), []
-            for student, teacher in ((text_features, dist_text_features), (syn_text_features, dist_syn_text_features)):
+            for student, teacher in (
+                (text_features, dist_text_features),
+                (syn_text_features, dist_syn_text_features),
+            ):
                 if student is not None:
-                    text, dist_text = self._rows_and_columns(student.float()), self._teacher_rows_and_columns(teacher)
-                    sides.append((0, len(students) + len(set(text)) - 1, dist_image[0], dist_text[1]))
+                    text, dist_text = (
+                        self._rows_and_columns(student.float()),
+                        self._teacher_rows_and_columns(teacher),
+                    )
+                    sides.append(
+                        (0, len(students) + len(set(text)) - 1, dist_image[0], dist_text[1])
+                    )
                     sides.append((len(students), len(set(image)) - 1, dist_text[0], dist_image[1]))
                     students.extend(dict.fromkeys(text))
             first = self.rank * len(image[0]) if self.world_size > 1 and self.local_loss else 0
             weights = (self.contrastive_weight, self.distill_weight)
-            contrastive, distill = _Losses.apply(sides, first, weights, logit_scale.float(), *students)
-        return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
+            contrastive, distill = _Losses.apply(
+                sides, first, weights, logit_scale.float(), *students
+            )
+        return (
+            {"contrastive_loss": contrastive, "distill_loss": distill}
+            if output_dict
+            else (contrastive, distill)
+        )
 
     def _rows_and_columns(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The features whose similarities are this process's: rows ``[B or N·B, D]`` and columns ``[N·B, D]``."""
@@ -138,7 +158,9 @@ class DRClipLoss(nn.Module):
             gathered = [torch.empty_like(features) for _ in range(self.world_size)]
             torch.distributed.all_gather(gathered, features.detach().contiguous())
             if not self.local_loss:
-                gathered[self.rank] = features  # as OpenCLIP's gather_features: gradients reach one's own features
+                gathered[self.rank] = (
+                    features  # as OpenCLIP's gather_features: gradients reach one's own features
+                )
             everything = torch.cat(gathered)
         return (features, everything) if self.local_loss else (everything, everything)
 
@@ -147,15 +169,24 @@ class DRClipLoss(nn.Module):
         if not self.distill_weight:
             return [], []
         if None in self.dist_logit_scale:
-            raise ValueError("no teacher scale: set dist_logit_scale (--distill-logit-scale, 100 in both recipes)")
-        dimensions = [features.shape[1]] if self.teacher_dimension == [-1] else self.teacher_dimension
+            raise ValueError(
+                "no teacher scale: set dist_logit_scale (--distill-logit-scale, 100 in both recipes)"
+            )
+        dimensions = (
+            [features.shape[1]] if self.teacher_dimension == [-1] else self.teacher_dimension
+        )
         if sum(dimensions) != features.shape[1]:
             raise ValueError(
                 f"teacher dimensions {' + '.join(map(str, dimensions))} = {sum(dimensions)} "
                 f"(--distill-teacher-dimension), but the stored embeddings are {features.shape[1]} wide"
             )
         rows, columns = self._rows_and_columns(features.detach().float())
-        rows = [scale * part for scale, part in zip(self.dist_logit_scale, rows.split(dimensions, dim=1), strict=True)]
+        rows = [
+            scale * part
+            for scale, part in zip(
+                self.dist_logit_scale, rows.split(dimensions, dim=1), strict=True
+            )
+        ]
         if self.average_after_softmax:
             return rows, list(columns.split(dimensions, dim=1))
         return [torch.cat(rows, dim=1)], [columns]  # Σ_k τ_k I^k T^kᵀ in one product
@@ -171,7 +202,9 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, sides, first, weights, scale, *students):
-        losses, gradients = _losses(sides, first, weights, scale, students, any(ctx.needs_input_grad))
+        losses, gradients = _losses(
+            sides, first, weights, scale, students, any(ctx.needs_input_grad)
+        )
         ctx.sides, ctx.first, ctx.weights, ctx.gradients = sides, first, weights, gradients
         ctx.save_for_backward(scale, *students)
         return losses
@@ -184,10 +217,14 @@ class _Losses(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients and len(factors) == 1:
             (factor,) = factors
-            gradients = gradients if factor == 1 else [gradient.mul_(factor) for gradient in gradients]
+            gradients = (
+                gradients if factor == 1 else [gradient.mul_(factor) for gradient in gradients]
+            )
         else:
             scale, *students = ctx.saved_tensors
-            weights = [weight * gradient for weight, gradient in zip(ctx.weights, outer, strict=True)]
+            weights = [
+                weight * gradient for weight, gradient in zip(ctx.weights, outer, strict=True)
+            ]
             with torch.autocast(scale.device.type, enabled=False):
                 _, gradients = _losses(ctx.sides, ctx.first, weights, scale, students, True)
         return None, None, None, *gradients
@@ -209,7 +246,9 @@ def _losses(sides, first, weights, scale, students, with_gradients):
         (contrastive, distill), and the gradients with respect to the scale and to each of ``students``.
     """
     losses = torch.zeros_like(scale), torch.zeros_like(scale)
-    gradients = [torch.zeros_like(scale), *map(torch.zeros_like, students)] if with_gradients else []
+    gradients = (
+        [torch.zeros_like(scale), *map(torch.zeros_like, students)] if with_gradients else []
+    )
     height, width = len(students[sides[0][0]]), len(students[sides[0][1]])  # of all sides
     share = 1 / (2 * height)  # half of the mean over rows
     chunks = math.ceil(height * width / CHUNK.get(scale.device.type, LARGE_CHUNK))
@@ -224,7 +263,9 @@ def _losses(sides, first, weights, scale, students, with_gradients):
             if weights[1]:
                 targets = space[2, : len(rows)]  # the sum of the teachers' distributions
                 target_weight = weights[1] / len(teacher_rows)
-                for number, (teacher_row, teacher_column) in enumerate(zip(teacher_rows, teacher_columns, strict=True)):
+                for number, (teacher_row, teacher_column) in enumerate(
+                    zip(teacher_rows, teacher_columns, strict=True)
+                ):
                     torch.mm(teacher_row[chunk], teacher_column.T, out=free)
                     torch.softmax(free, 1, out=log_p if number else targets)
                     if number:
@@ -236,7 +277,9 @@ def _losses(sides, first, weights, scale, students, with_gradients):
                 losses[0].sub_(log_p[own].sum(), alpha=weights[0] * share)
             if weights[1]:
                 # summed in pairs; as a product of vectors a long row's sum would be off by 3e-5
-                losses[1].sub_(torch.mul(targets, log_p, out=free).sum(), alpha=target_weight * share)
+                losses[1].sub_(
+                    torch.mul(targets, log_p, out=free).sum(), alpha=target_weight * share
+                )
             if with_gradients:
                 # with respect to the logits: (w₀ + w₁) softmax - w₀ diagonal - w₁ average of targets, each row a share
                 d_logits = log_p.exp_().mul_(sum(weights))

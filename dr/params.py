@@ -32,7 +32,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="One caption for each image instead of two: the synthetic one with a probability of "
         "--dataset-reinforcement-mix-synthetic-ratio, else the original.",
     )
-    group.add_argument("--dataset-reinforcement-mix-synthetic-ratio", type=float, default=0.0, metavar="R")
+    group.add_argument(
+        "--dataset-reinforcement-mix-synthetic-ratio", type=float, default=0.0, metavar="R"
+    )
     group.add_argument(
         "--distill-loss-weights",
         type=float,
@@ -79,7 +81,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Write a checkpoint after every N optimiser steps of an epoch, from which --resume latest goes on.",
     )
     group.add_argument(
-        "--keep-last-k", type=int, default=2, metavar="K", help="How many checkpoints within epochs are kept."
+        "--keep-last-k",
+        type=int,
+        default=2,
+        metavar="K",
+        help="How many checkpoints within epochs are kept.",
     )
     group.add_argument(
         "--max-skipped-fraction",
@@ -104,7 +110,9 @@ def prepare_args(args: Namespace, parser: ArgumentParser) -> None:
     if found:
         parser.exit(2, f"error: {found}\n")
     if args.max_skipped_fraction is None:
-        args.max_skipped_fraction = 0.1 if args.dataset_reinforcement or args.dataset_without_replacement else 1.0
+        args.max_skipped_fraction = (
+            0.1 if args.dataset_reinforcement or args.dataset_without_replacement else 1.0
+        )
 
 
 def register_model(name: str) -> str:
@@ -128,11 +136,23 @@ def _sampling_contradiction(args: Namespace) -> str | None:
         on, data = f"--{option.replace('_', '-')}", args.train_data or ""
         without = option == "dataset_without_replacement"
         for name, given in (
-            ("--dataset-resampled, which draws with replacement", without and args.dataset_resampled),
-            ("--train-data-upsampling-factors", without and args.train_data_upsampling_factors is not None),
-            (f"--train-data {data}: streams can't be read at any place", without and re.search(r"(^|::)\w+:", data)),
+            (
+                "--dataset-resampled, which draws with replacement",
+                without and args.dataset_resampled,
+            ),
+            (
+                "--train-data-upsampling-factors",
+                without and args.train_data_upsampling_factors is not None,
+            ),
+            (
+                f"--train-data {data}: streams can't be read at any place",
+                without and re.search(r"(^|::)\w+:", data),
+            ),
             ("--horovod", args.horovod),
-            (f"--dataset-type {args.dataset_type}", args.dataset_type not in ("webdataset", "auto")),
+            (
+                f"--dataset-type {args.dataset_type}",
+                args.dataset_type not in ("webdataset", "auto"),
+            ),
             (
                 f"--train-data {data}, which is no tar",
                 args.dataset_type == "auto" and data and not data.endswith(".tar"),
@@ -141,7 +161,12 @@ def _sampling_contradiction(args: Namespace) -> str | None:
             if given:
                 return f"{on} does not go with {name}: leave out one of them"
     for option, value, right, expected in (
-        ("--save-every-n-steps", args.save_every_n_steps, args.save_every_n_steps >= 0, "a number of steps, or 0"),
+        (
+            "--save-every-n-steps",
+            args.save_every_n_steps,
+            args.save_every_n_steps >= 0,
+            "a number of steps, or 0",
+        ),
         ("--keep-last-k", args.keep_last_k, args.keep_last_k >= 1, "1 and more"),
         (
             "--max-skipped-fraction",
@@ -167,9 +192,7 @@ def _contradiction(args: Namespace, parser: ArgumentParser) -> str | None:
             "distill_logit_scale",
         ):
             if getattr(args, option) != parser.get_default(option):
-                return (
-                    f"--{option.replace('_', '-')} was given without --dataset-reinforcement, which it is an option of"
-                )
+                return f"--{option.replace('_', '-')} was given without --dataset-reinforcement, which it is an option of"
         return None
 
     on = "--dataset-reinforcement"
@@ -184,7 +207,9 @@ def _contradiction(args: Namespace, parser: ArgumentParser) -> str | None:
         (f"--dataset-type {args.dataset_type}", args.dataset_type not in ("webdataset", "auto")),
         (
             f"--train-data {args.train_data}, which is no tar",
-            args.dataset_type == "auto" and args.train_data and not args.train_data.endswith(".tar"),
+            args.dataset_type == "auto"
+            and args.train_data
+            and not args.train_data.endswith(".tar"),
         ),
     ):
         if given:
@@ -206,16 +231,25 @@ def _contradiction(args: Namespace, parser: ArgumentParser) -> str | None:
     if "random_resized_crop" not in compose.transforms:
         return f"--dataset-reinforcement-config {path}: no random_resized_crop, whose output is sized for the student"
 
-    ratio, mixed = args.dataset_reinforcement_mix_synthetic_ratio, args.dataset_reinforcement_mix_synthetic
+    ratio, mixed = (
+        args.dataset_reinforcement_mix_synthetic_ratio,
+        args.dataset_reinforcement_mix_synthetic,
+    )
     if not 0.0 <= ratio <= 1.0:
-        return f"--dataset-reinforcement-mix-synthetic-ratio {ratio}: expected a probability, 0 to 1"
+        return (
+            f"--dataset-reinforcement-mix-synthetic-ratio {ratio}: expected a probability, 0 to 1"
+        )
     if ratio and not mixed:
         return (
             f"--dataset-reinforcement-mix-synthetic-ratio {ratio} was given without "
             "--dataset-reinforcement-mix-synthetic, which it is the ratio of"
         )
 
-    weights, scales, dimensions = args.distill_loss_weights, args.distill_logit_scale, args.distill_teacher_dimension
+    weights, scales, dimensions = (
+        args.distill_loss_weights,
+        args.distill_logit_scale,
+        args.distill_teacher_dimension,
+    )
     if min(weights) < 0 or max(weights) <= 0:
         return f"--distill-loss-weights {weights[0]} {weights[1]}: expected weights of 0 and more, not both 0"
     if weights[1] and scales is None:

@@ -29,7 +29,9 @@ def part(total: int, parts: int, index: int, turn: int = 0) -> tuple[int, int]:
     more than the others.
     """
     size, more = divmod(total, parts)
-    first = turn * more % parts  # the parts first … first + more - 1 (modulo parts) are larger by one
+    first = (
+        turn * more % parts
+    )  # the parts first … first + more - 1 (modulo parts) are larger by one
 
     def start(part: int) -> int:
         larger = max(0, min(part, first + more) - first) + max(0, min(part, first + more - parts))
@@ -54,7 +56,9 @@ def length(pieces: Sequence[Piece]) -> int:
     return sum(high - low for _, _, low, high in pieces)
 
 
-def pieces_of(total: int, former: Sequence[Sequence[Cursor]], pass_: int, streams: int, stream: int) -> list[Piece]:
+def pieces_of(
+    total: int, former: Sequence[Sequence[Cursor]], pass_: int, streams: int, stream: int
+) -> list[Piece]:
     """The positions of one stream in one pass, in order.
 
     Args:
@@ -68,7 +72,9 @@ def pieces_of(total: int, former: Sequence[Sequence[Cursor]], pass_: int, stream
         left = _left_over(total, former, pass_)
         return cut(left, *part(length(left), streams, stream, pass_))
     start, stop = part(total, streams, stream, pass_)
-    return [(at, min(at + WINDOW, stop), 0, min(WINDOW, stop - at)) for at in range(start, stop, WINDOW)]
+    return [
+        (at, min(at + WINDOW, stop), 0, min(WINDOW, stop - at)) for at in range(start, stop, WINDOW)
+    ]
 
 
 def last_pass(former: Sequence[Sequence[Cursor]]) -> int:
@@ -81,9 +87,14 @@ def _left_over(total: int, former: Sequence[Sequence[Cursor]], pass_: int) -> li
     *older, cursors = former
     if pass_ <= last_pass(older):
         left = _left_over(total, older, pass_)  # once, not for each stream
-        parts = [cut(left, *part(length(left), len(cursors), stream, pass_)) for stream in range(len(cursors))]
+        parts = [
+            cut(left, *part(length(left), len(cursors), stream, pass_))
+            for stream in range(len(cursors))
+        ]
     else:
-        parts = [pieces_of(total, (), pass_, len(cursors), stream) for stream in range(len(cursors))]
+        parts = [
+            pieces_of(total, (), pass_, len(cursors), stream) for stream in range(len(cursors))
+        ]
     return [
         piece
         for pieces, (taken_in, taken) in zip(parts, cursors, strict=True)
@@ -93,7 +104,12 @@ def _left_over(total: int, former: Sequence[Sequence[Cursor]], pass_: int) -> li
 
 
 def positions(
-    seed: int, total: int, former: Sequence[Sequence[Cursor]], streams: int, stream: int, cursor: Cursor
+    seed: int,
+    total: int,
+    former: Sequence[Sequence[Cursor]],
+    streams: int,
+    stream: int,
+    cursor: Cursor,
 ) -> Iterator[tuple[int, int, Cursor]]:
     """For ever: the pass and position that a stream takes next, and its cursor after that."""
     pass_, taken = cursor
@@ -121,7 +137,9 @@ class Order:
         return self.shards[at], position - self.starts[at]
 
 
-def former_layouts(former: Sequence[Sequence[Cursor]], cursors: Sequence[Cursor]) -> list[Sequence[Cursor]]:
+def former_layouts(
+    former: Sequence[Sequence[Cursor]], cursors: Sequence[Cursor]
+) -> list[Sequence[Cursor]]:
     """The former layouts that still matter: none, once all streams are past the passes that those had begun."""
     return list(former) if min(taken_in for taken_in, _ in cursors) <= last_pass(former) else []
 

@@ -13,9 +13,8 @@ from collections import OrderedDict
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from .data import wds_key
-from .reinforcement import USED_MEMBERS, BadSample
-from .tar import member_spans
+from .sample import USED_MEMBERS, BadSample
+from .tar import sample_spans
 
 KEPT_SAMPLES = 30_000  # of open shards, for each worker: two shards of DataComp, and 1 KB each
 KEPT_SHARDS = 100  # and as many open files
@@ -27,22 +26,16 @@ class _OpenShard:
 
     def __init__(self, path: str):
         self.file, self.error = None, None
-        self.samples: list[tuple[str, dict[str, tuple[int, int]]]] = []  # key, {extension: (offset, size)}
-        seen: set[str] = set()
+        self.samples: list[
+            tuple[str, dict[str, tuple[int, int]]]
+        ] = []  # key, {extension: (offset, size)}
         try:
             self.file = open(path, "rb")  # noqa: SIM115  (closed when it is evicted)
-            for name, offset, size in member_spans(self.file):
-                key, extension = wds_key(name)
-                extension = extension.lower()
-                if not extension:
-                    continue
-                # as WebDataset groups: members of one sample stand side by side
-                if not self.samples or key != self.samples[-1][0] or extension in seen:
-                    self.samples.append((key, {}))
-                    seen.clear()
-                seen.add(extension)
-                if extension in USED_MEMBERS:
-                    self.samples[-1][1][extension] = offset, size
+            for key, members in sample_spans(self.file):
+                spans = {
+                    name: (m.offset, m.size) for name, m in members.items() if name in USED_MEMBERS
+                }
+                self.samples.append((key, spans))
         except Exception as error:  # of file systems and of damaged headers
             self.error = error
 
@@ -86,7 +79,8 @@ class ShardReader:
             self.open[shard] = _OpenShard(self.shards[shard])
         self.open.move_to_end(shard)
         while len(self.open) > KEPT_SHARDS or (
-            len(self.open) > 2 and sum(len(opened.samples) for opened in self.open.values()) > KEPT_SAMPLES
+            len(self.open) > 2
+            and sum(len(opened.samples) for opened in self.open.values()) > KEPT_SAMPLES
         ):
             self.open.popitem(last=False)[1].close()
         return self.open[shard]
@@ -107,7 +101,9 @@ def sizes_beside(shards: Sequence[str]) -> list[int | None]:
         except FileNotFoundError:
             found[folder] = {}
         except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}: expected an object of numbers of samples by shard: {error}") from error
+            raise ValueError(
+                f"{path}: expected an object of numbers of samples by shard: {error}"
+            ) from error
     return [found[os.path.dirname(shard)].get(os.path.basename(shard)) for shard in shards]
 
 
@@ -117,7 +113,9 @@ def count_samples(shards: Sequence[str]) -> list[tuple[int, str | None]]:
     def count(shard: str) -> tuple[int, str | None]:
         opened = _OpenShard(shard)
         opened.close()
-        return len(opened.samples), opened.error and f"{type(opened.error).__name__}: {opened.error}"
+        return len(
+            opened.samples
+        ), opened.error and f"{type(opened.error).__name__}: {opened.error}"
 
     with ThreadPoolExecutor(16) as pool:  # it waits for storage
         return list(pool.map(count, shards))

@@ -23,12 +23,16 @@ from torchvision.transforms import functional as F
 
 
 def _translate(img, x, y, interpolation, fill):
-    return F.affine(img, 0.0, [int(x), int(y)], 1.0, [0.0, 0.0], interpolation=interpolation, fill=fill)
+    return F.affine(
+        img, 0.0, [int(x), int(y)], 1.0, [0.0, 0.0], interpolation=interpolation, fill=fill
+    )
 
 
 def _shear(img, x, y, interpolation, fill):
     degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
-    return F.affine(img, 0.0, [0, 0], 1.0, degrees, interpolation=interpolation, fill=fill, center=[0, 0])
+    return F.affine(
+        img, 0.0, [0, 0], 1.0, degrees, interpolation=interpolation, fill=fill, center=[0, 0]
+    )
 
 
 # RandAugment's operations (Cubuk et al., arXiv 1909.13719) as torchvision defines them; a stored ``op`` is an index
@@ -41,7 +45,12 @@ RAND_AUGMENT_OPS: list[tuple[str, bool, Any, Callable]] = [
     ("ShearY", True, 0.3, lambda img, m, mode, fill: _shear(img, 0.0, m, mode, fill)),
     ("TranslateX", True, _TRANSLATE, lambda img, m, mode, fill: _translate(img, m, 0, mode, fill)),
     ("TranslateY", True, _TRANSLATE, lambda img, m, mode, fill: _translate(img, 0, m, mode, fill)),
-    ("Rotate", True, 30.0, lambda img, m, mode, fill: F.rotate(img, m, interpolation=mode, fill=fill)),
+    (
+        "Rotate",
+        True,
+        30.0,
+        lambda img, m, mode, fill: F.rotate(img, m, interpolation=mode, fill=fill),
+    ),
     ("Brightness", True, 0.9, lambda img, m, mode, fill: F.adjust_brightness(img, 1.0 + m)),
     ("Color", True, 0.9, lambda img, m, mode, fill: F.adjust_saturation(img, 1.0 + m)),
     ("Contrast", True, 0.9, lambda img, m, mode, fill: F.adjust_contrast(img, 1.0 + m)),
@@ -66,7 +75,12 @@ def _integers(name: str, value: Any, length: int) -> tuple[int, ...]:
 
 def _check_box(name: str, img: Image.Image, box: tuple[int, int, int, int]) -> None:
     top, left, height, width = box
-    if min(top, left) < 0 or min(height, width) < 1 or top + height > img.height or left + width > img.width:
+    if (
+        min(top, left) < 0
+        or min(height, width) < 1
+        or top + height > img.height
+        or left + width > img.width
+    ):
         raise ValueError(
             f"{name}: box {list(box)} (top, left, height, width) is not inside the image of "
             f"{img.height}x{img.width} pixels: these parameters belong to another image, or to one of another size"
@@ -188,7 +202,9 @@ class RandAugment:
         if largest is None:
             return 0.0
         if name == "Posterize":
-            return float((8 - (torch.arange(bins) / ((bins - 1) / 4)).round().int())[self.magnitude])
+            return float(
+                (8 - (torch.arange(bins) / ((bins - 1) / 4)).round().int())[self.magnitude]
+            )
         if name == "Solarize":
             return float(torch.linspace(255.0, 0.0, bins)[self.magnitude])
         if name in ("TranslateX", "TranslateY"):
@@ -216,7 +232,9 @@ class RandAugment:
             or len(stored) != self.num_ops
             or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in stored)
             or not all(isinstance(op, int) and 0 <= op <= last for op, _ in stored)
-            or not all(isinstance(m, (int, float)) and abs(m) < 2**31 for _, m in stored)  # nor infinite, nor NaN
+            or not all(
+                isinstance(m, (int, float)) and abs(m) < 2**31 for _, m in stored
+            )  # nor infinite, nor NaN
         ):
             found = str(stored)[:200]
             raise ValueError(
@@ -256,14 +274,20 @@ class RandomEraseBox:
     def draw(self, img):
         if torch.rand(1) >= self.p:
             return None
-        top, left, height, width, fill = RandomErasing.get_params(img, self.scale, self.ratio, self.value)
-        return None if fill is img else (top, left, height, width)  # torchvision found no box that fits
+        top, left, height, width, fill = RandomErasing.get_params(
+            img, self.scale, self.ratio, self.value
+        )
+        return (
+            None if fill is img else (top, left, height, width)
+        )  # torchvision found no box that fits
 
     def parse(self, stored):
         return None if stored is None else _integers("random_erase", stored, 4)
 
     def apply(self, img, param):
-        return img if param is None else F.erase(img, *param, torch.tensor(self.value)[:, None, None])
+        return (
+            img if param is None else F.erase(img, *param, torch.tensor(self.value)[:, None, None])
+        )
 
 
 @dataclasses.dataclass
@@ -327,7 +351,9 @@ class Compose:
             img = transform.apply(img, params.get(name))
         return img, params
 
-    def reapply(self, img: Image.Image, params: dict, size: Any = None) -> tuple[torch.Tensor, dict]:
+    def reapply(
+        self, img: Image.Image, params: dict, size: Any = None
+    ) -> tuple[torch.Tensor, dict]:
         """Apply given parameters.
 
         Args:
@@ -342,7 +368,9 @@ class Compose:
             ValueError: a crop box that is not inside the image.
         """
         if size is not None and "random_resized_crop" not in self.transforms:
-            raise ValueError("size was given, but the config has no random_resized_crop whose size it could be")
+            raise ValueError(
+                "size was given, but the config has no random_resized_crop whose size it could be"
+            )
         for name, transform in self.transforms.items():
             if name == "random_resized_crop":
                 img = transform.apply(img, params[name], size)
@@ -361,8 +389,13 @@ class Compose:
             ValueError: an entry that is not what its transform stores, or too few or too many of them.
         """
         if not isinstance(compressed, Sequence) or len(compressed) != len(self.random):
-            raise ValueError(f"expected one entry for each of {self.random}, found {str(compressed)[:200]}")
-        return {name: self.transforms[name].parse(entry) for name, entry in zip(self.random, compressed, strict=True)}
+            raise ValueError(
+                f"expected one entry for each of {self.random}, found {str(compressed)[:200]}"
+            )
+        return {
+            name: self.transforms[name].parse(entry)
+            for name, entry in zip(self.random, compressed, strict=True)
+        }
 
 
 def split_for_device(compose: Compose) -> tuple[Compose, torch.Tensor]:
@@ -412,7 +445,9 @@ def compose_from_config(config: dict) -> Compose:
         raise ValueError('pass the object under "image_augmentation", not the one around it')
     unknown = [name for name in config if name not in TRANSFORMS]
     if unknown:
-        raise ValueError(f"unknown transform {', '.join(unknown)}; known are {', '.join(TRANSFORMS)}")
+        raise ValueError(
+            f"unknown transform {', '.join(unknown)}; known are {', '.join(TRANSFORMS)}"
+        )
     transforms = {}
     for name, transform in TRANSFORMS.items():
         arguments = dict(config.get(name, {"enable": False}))
@@ -421,7 +456,9 @@ def compose_from_config(config: dict) -> Compose:
         fields = [field.name for field in dataclasses.fields(transform)]
         wrong = [argument for argument in arguments if argument not in fields]
         if wrong:
-            raise ValueError(f"{name}: unknown argument {', '.join(wrong)}; known are {', '.join(fields) or 'none'}")
+            raise ValueError(
+                f"{name}: unknown argument {', '.join(wrong)}; known are {', '.join(fields) or 'none'}"
+            )
         try:
             transforms[name] = transform(**arguments)
         except TypeError as error:  # a required argument is missing

@@ -49,11 +49,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
+from dr.batch import add_teacher, unpack_batch
 from dr.data import tar_to_samples, training_stages
 from dr.loss import DRClipLoss
 from dr.params import register_model
-from dr.reinforcement import caption, decode_image, synthetic_captions
-from dr.step import add_teacher, unpack_batch
+from dr.sample import caption, decode_image, synthetic_captions
 from dr.transforms import compose_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,11 +66,16 @@ def print_header(args):
     model = "CPU"
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+        model = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            model,
+        )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     print(f"{model}, {os.cpu_count()} cores{gpu}; load {os.getloadavg()[0]:.1f}")
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, np, wds))
-    print(f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {versions}")
+    print(
+        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {versions}"
+    )
     print(f"seed {args.seed}; median of {args.runs} runs by turns\n")
 
 
@@ -88,7 +93,11 @@ def by_turns(variants, runs, clock=time.perf_counter):
 
 def resident(field="VmRSS"):
     """MB of this process: VmRSS now, VmHWM at most so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) / 1000
 
 
@@ -109,8 +118,12 @@ def photograph(photos, rng):
     left, top = rng.integers(photo.width - width + 1), rng.integers(photo.height - height + 1)
     scale = 512 / max(width, height)
     size = round(width * scale), round(height * scale)
-    pixels = np.asarray(photo.resize(size, Image.BICUBIC, (left, top, left + width, top + height))).astype(int)
-    return Image.fromarray((pixels + rng.integers(-4, 5, pixels.shape)).clip(0, 255).astype(np.uint8))
+    pixels = np.asarray(
+        photo.resize(size, Image.BICUBIC, (left, top, left + width, top + height))
+    ).astype(int)
+    return Image.fromarray(
+        (pixels + rng.integers(-4, 5, pixels.shape)).clip(0, 255).astype(np.uint8)
+    )
 
 
 def write_shards(folder, samples, seed):
@@ -118,25 +131,38 @@ def write_shards(folder, samples, seed):
     try:
         from skimage import data
     except ImportError:
-        raise SystemExit("needs photographs: pip install scikit-image, or give --data PATTERN") from None
-    photos = [Image.fromarray(getattr(data, name)()) for name in ("astronaut", "coffee", "chelsea", "rocket")]
+        raise SystemExit(
+            "needs photographs: pip install scikit-image, or give --data PATTERN"
+        ) from None
+    photos = [
+        Image.fromarray(getattr(data, name)())
+        for name in ("astronaut", "coffee", "chelsea", "rocket")
+    ]
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     compose = stored_augmentation()
     shards = {"fp32 npz": folder / "fp32.tar", "bf16 pth.gz": folder / "bf16.tar"}
-    with tarfile.open(shards["fp32 npz"], "w") as wide, tarfile.open(shards["bf16 pth.gz"], "w") as narrow:
+    with (
+        tarfile.open(shards["fp32 npz"], "w") as wide,
+        tarfile.open(shards["bf16 pth.gz"], "w") as narrow,
+    ):
         for number in range(samples):
             img, stream = photograph(photos, rng), io.BytesIO()
             img.save(stream, "JPEG", quality=95)
             parameters = [compose.compress(compose(img)[1]) for _ in range(30)]
-            captions = [" ".join(rng.choice(["a", "photo", "of", "some", "old", "cat", "house"], 12)) for _ in range(6)]
+            captions = [
+                " ".join(rng.choice(["a", "photo", "of", "some", "old", "cat", "house"], 12))
+                for _ in range(6)
+            ]
             stored = {
                 name: np.concatenate([unit(rows, width, rng) for width in TEACHERS], axis=1)
                 for name, rows in (("image_emb", 30), ("text_emb", 6))
             }
             npz, pth = io.BytesIO(), io.BytesIO()
             np.savez(npz, **stored)
-            torch.save({name: torch.from_numpy(rows).bfloat16() for name, rows in stored.items()}, pth)
+            torch.save(
+                {name: torch.from_numpy(rows).bfloat16() for name, rows in stored.items()}, pth
+            )
             members = {
                 "jpg": stream.getvalue(),
                 "txt": captions[0].encode(),
@@ -144,8 +170,15 @@ def write_shards(folder, samples, seed):
                 "syn.json": json.dumps({"syn_text": captions[1:]}).encode(),
                 "paug.json": json.dumps({"param_aug": parameters}).encode(),
             }
-            for tar, last in ((wide, {"npz": npz.getvalue()}), (narrow, {"pth.gz": gzip.compress(pth.getvalue())})):
-                for extension, data in {**members, **last, "json": b'{"uid": "", "sha256": ""}'}.items():
+            for tar, last in (
+                (wide, {"npz": npz.getvalue()}),
+                (narrow, {"pth.gz": gzip.compress(pth.getvalue())}),
+            ):
+                for extension, data in {
+                    **members,
+                    **last,
+                    "json": b'{"uid": "", "sha256": ""}',
+                }.items():
                     info = tarfile.TarInfo(f"{number:032x}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -172,9 +205,14 @@ def plain_pipeline(shards, shuffle, batch):
         members = {name: json.loads(data) for name, data in sample.items() if name.endswith("json")}
         members |= {name: data.decode() for name, data in sample.items() if name.endswith("txt")}
         if "npz" in sample:
-            embeddings = {name: torch.tensor(rows) for name, rows in np.load(io.BytesIO(sample["npz"])).items()}
+            embeddings = {
+                name: torch.tensor(rows)
+                for name, rows in np.load(io.BytesIO(sample["npz"])).items()
+            }
         else:
-            embeddings = torch.load(io.BytesIO(gzip.decompress(sample["pth.gz"])), weights_only=True)
+            embeddings = torch.load(
+                io.BytesIO(gzip.decompress(sample["pth.gz"])), weights_only=True
+            )
         return image, members, embeddings
 
     def pick(decoded):
@@ -183,7 +221,10 @@ def plain_pipeline(shards, shuffle, batch):
         augmentation, caption = random.randrange(len(parameters)), random.randrange(len(captions))
         image, _ = compose.reapply(image, compose.decompress(parameters[augmentation]))
         texts = tokenize([members["txt"], captions[caption]])
-        rows = embeddings["image_emb"][augmentation].float(), embeddings["text_emb"][[0, 1 + caption]].float()
+        rows = (
+            embeddings["image_emb"][augmentation].float(),
+            embeddings["text_emb"][[0, 1 + caption]].float(),
+        )
         return image, texts, *rows
 
     return wds.DataPipeline(
@@ -198,7 +239,11 @@ def plain_pipeline(shards, shuffle, batch):
 
 def recipe_pipeline(shards, shuffle, batch):
     preprocess = T.Compose(
-        [T.RandomResizedCrop(224, interpolation=T.InterpolationMode.BICUBIC), T.ToTensor(), T.Normalize(MEAN, STD)]
+        [
+            T.RandomResizedCrop(224, interpolation=T.InterpolationMode.BICUBIC),
+            T.ToTensor(),
+            T.Normalize(MEAN, STD),
+        ]
     )
     options = Namespace(
         dataset_reinforcement=True,
@@ -230,7 +275,9 @@ def floor_pipeline(shards, shuffle, batch):
     samples = []
     for sample in wds.tarfile_to_samples()([{"url": str(shards[0])}]):
         parameters = json.loads(sample["paug.json"])["param_aug"]
-        samples.append(({"jpg": sample["jpg"]}, [compose.decompress(stored) for stored in parameters]))
+        samples.append(
+            ({"jpg": sample["jpg"]}, [compose.decompress(stored) for stored in parameters])
+        )
     turn = cycle(samples)
     while True:
         for sample, parameters in islice(turn, batch):
@@ -282,16 +329,30 @@ def loader(args):
         if args.data:
             sets = {args.data: list(braceexpand(args.data))}
         else:
-            sets = {kind: [str(path)] for kind, path in write_shards(Path(folder), args.samples, args.seed).items()}
+            sets = {
+                kind: [str(path)]
+                for kind, path in write_shards(Path(folder), args.samples, args.seed).items()
+            }
         for kind, shards in sets.items():
             random.seed(args.seed)
             torch.manual_seed(args.seed)
             sources = {
-                name: iter(DataLoader(Clocked(name, shards, (args.shuffle, args.shuffle), batch), None, num_workers=1))
+                name: iter(
+                    DataLoader(
+                        Clocked(name, shards, (args.shuffle, args.shuffle), batch),
+                        None,
+                        num_workers=1,
+                    )
+                )
                 for name in VARIANTS
             }
-            sent = {name: sum(t.nbytes for t in next(source)[0]) / batch / 1000 for name, source in sources.items()}
-            for source in sources.values():  # as a worker is after its first minutes: the heap takes no new pages
+            sent = {
+                name: sum(t.nbytes for t in next(source)[0]) / batch / 1000
+                for name, source in sources.items()
+            }
+            for source in (
+                sources.values()
+            ):  # as a worker is after its first minutes: the heap takes no new pages
                 worker_seconds(source, 1 + args.shuffle // batch)
             turns = {name: [] for name in VARIANTS}
             for _ in range(args.runs):
@@ -299,7 +360,9 @@ def loader(args):
                     turns[name].append(worker_seconds(source, number) / number / batch)
             del source, sources  # their workers with them
             seconds = {name: statistics.median(values) for name, values in turns.items()}
-            memory = {name: in_fresh_process(memory_of, name, shards, args.shuffle) for name in PIPELINES}
+            memory = {
+                name: in_fresh_process(memory_of, name, shards, args.shuffle) for name in PIPELINES
+            }
             for name, took in seconds.items():
                 cells = [f"{1 / took:,.0f}", f"{seconds['plain'] / took:.2f}", f"{1000 * took:.2f}"]
                 if name in PIPELINES:
@@ -321,7 +384,16 @@ def profile(shards, shuffle, batches, seconds):
     """
     torch.set_num_threads(1)  # as in a worker
     # recipe_pipeline's stages; the time of one without a name is the next one's
-    names = ["shards", "", "read tars", "draw rows", "shuffle", "decode and augment", "", "tokenise and batch"]
+    names = [
+        "shards",
+        "",
+        "read tars",
+        "draw rows",
+        "shuffle",
+        "decode and augment",
+        "",
+        "tokenise and batch",
+    ]
     spent = dict.fromkeys(filter(None, names), 0.0)
 
     def timed(name, source):
@@ -341,23 +413,36 @@ def profile(shards, shuffle, batches, seconds):
     for _ in islice(source, batches):
         pass
     times = [value / batches / 64 for value in spent.values()]
-    stages = {name: now - before for name, before, now in zip(list(spent)[1:], times[:-1], times[1:], strict=True)}
-    stages["hand over to the trainer"] = seconds["recipe"] - sum(stages.values())  # what the worker takes beyond that
+    stages = {
+        name: now - before
+        for name, before, now in zip(list(spent)[1:], times[:-1], times[1:], strict=True)
+    }
+    stages["hand over to the trainer"] = seconds["recipe"] - sum(
+        stages.values()
+    )  # what the worker takes beyond that
 
     samples = list(islice(tar_to_samples({"url": url} for url in cycle(shards)), 256))
-    captions = [text for sample in samples for text in (caption(sample), synthetic_captions(sample)[0])]
+    captions = [
+        text for sample in samples for text in (caption(sample), synthetic_captions(sample)[0])
+    ]
     tokenize = tokenizer()
     within = {
-        ("draw rows", "inflating"): lambda: [zlib.decompress(sample["pth.gz"], 31) for sample in samples],
+        ("draw rows", "inflating"): lambda: [
+            zlib.decompress(sample["pth.gz"], 31) for sample in samples
+        ],
         ("tokenise and batch", "tokenising"): lambda: tokenize(captions),
     }
     if "npz" in samples[0]:
         del within["draw rows", "inflating"]
-    alone = {key: value / len(samples) for key, value in by_turns(within, 5, time.process_time).items()}
+    alone = {
+        key: value / len(samples) for key, value in by_turns(within, 5, time.process_time).items()
+    }
     alone["decode and augment", "floor"] = seconds["floor"]
     print("\n| stage | ms a sample | of which, alone |\n|---|---|---|")
     for name, value in stages.items():
-        parts = ", ".join(f"{part} {1000 * alone[of, part]:.2f}" for of, part in alone if of == name)
+        parts = ", ".join(
+            f"{part} {1000 * alone[of, part]:.2f}" for of, part in alone if of == name
+        )
         print(f"| {name} | {1000 * value:.2f} | {parts} |")
     print()
 
@@ -379,7 +464,11 @@ def formula(students, teachers, scale, weights):
             logits = scale * students[one][0] @ students[other][1].T
             target = sum(
                 (100 * a @ b.T).softmax(dim=1)
-                for a, b in zip(teachers[one][0].split(TEACHERS, 1), teachers[other][1].split(TEACHERS, 1), strict=True)
+                for a, b in zip(
+                    teachers[one][0].split(TEACHERS, 1),
+                    teachers[other][1].split(TEACHERS, 1),
+                    strict=True,
+                )
             ) / len(TEACHERS)
             contrastive = contrastive + F.cross_entropy(logits, labels) / 2
             distill = distill - (target * logits.log_softmax(dim=1)).sum(dim=1).mean() / 2
@@ -395,12 +484,18 @@ def loss_variants(size, weights, device, seed):
         return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
 
     columns = {name: features([512]).requires_grad_() for name in ("image", "text", "syn")}
-    students = {name: (c[:local].detach().clone().requires_grad_(), c) for name, c in columns.items()}
+    students = {
+        name: (c[:local].detach().clone().requires_grad_(), c) for name, c in columns.items()
+    }
     teachers = {name: (c[:local].clone(), c) for name in columns for c in [features(TEACHERS)]}
     scale = torch.tensor(20.0, device=device, requires_grad=True)
     wanted = [scale, *(tensor for pair in students.values() for tensor in pair)]
-    recipe = GivenColumns(True, True, False, 0, whole // local, False, TEACHERS, weights, True, 100.0)
-    recipe.columns = {rows.data_ptr(): c for pairs in (students, teachers) for rows, c in pairs.values()}
+    recipe = GivenColumns(
+        True, True, False, 0, whole // local, False, TEACHERS, weights, True, 100.0
+    )
+    recipe.columns = {
+        rows.data_ptr(): c for pairs in (students, teachers) for rows, c in pairs.values()
+    }
 
     def ours():
         names = ("image", "text", "syn")
@@ -424,7 +519,11 @@ def loss_variants(size, weights, device, seed):
             for one, other in (("image", text), (text, "image")):
                 for rows, whole in [
                     (students[one][0], students[other][1]),
-                    *zip(teachers[one][0].split(TEACHERS, 1), teachers[other][1].split(TEACHERS, 1), strict=True),
+                    *zip(
+                        teachers[one][0].split(TEACHERS, 1),
+                        teachers[other][1].split(TEACHERS, 1),
+                        strict=True,
+                    ),
                 ]:
                     logits = rows @ whole.T
                 logits @ students[other][1], logits.T @ students[one][0]
@@ -439,7 +538,9 @@ def loss_variants(size, weights, device, seed):
 
 def loss_memory(name, size, weights, device, seed):
     """MB, the peak of a step over what the features take."""
-    loss_variants((64, 128), weights, device, seed)[name]()  # libraries come into memory at their first use
+    loss_variants((64, 128), weights, device, seed)[
+        name
+    ]()  # libraries come into memory at their first use
     run = loss_variants(size, weights, device, seed)[name]
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -469,14 +570,24 @@ def loss(args):
             off = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
             del pairs, expected, gradients
             told = {"formula": f"{float(loss):.5f} | ", "recipe": f"{float(ours):.5f} | {off:.0e}"}
-            seconds = by_turns(variants, args.runs, time.perf_counter if device == "cuda" else time.process_time)
-            memory = {name: in_fresh_process(loss_memory, name, size, weights, device, args.seed) for name in told}
+            seconds = by_turns(
+                variants, args.runs, time.perf_counter if device == "cuda" else time.process_time
+            )
+            memory = {
+                name: in_fresh_process(loss_memory, name, size, weights, device, args.seed)
+                for name in told
+            }
             for name, took in seconds.items():
                 cells = [f"{1000 * took:,.1f}", f"{took / seconds['formula']:.2f}"]
                 if name in told:
-                    cells += [f"{memory[name]:,.0f}", f"{memory[name] / max(memory['formula'], 0.1):.2f}", told[name]]
+                    cells += [
+                        f"{memory[name]:,.0f}",
+                        f"{memory[name] / max(memory['formula'], 0.1):.2f}",
+                        told[name],
+                    ]
                 print(
-                    f"| {size[0]} × {size[1]} | {weights[0]} {weights[1]} | {name} | {' | '.join(cells)} |", flush=True
+                    f"| {size[0]} × {size[1]} | {weights[0]} {weights[1]} | {name} | {' | '.join(cells)} |",
+                    flush=True,
                 )
 
 
@@ -488,7 +599,11 @@ def step(args):
     torch.backends.cuda.matmul.allow_tf32 = True
     generator = torch.Generator().manual_seed(args.seed)
     model = open_clip.create_model(register_model(args.model), device=device, output_dict=True)
-    size = model.visual.image_size if isinstance(model.visual.image_size, int) else model.visual.image_size[0]
+    size = (
+        model.visual.image_size
+        if isinstance(model.visual.image_size, int)
+        else model.visual.image_size[0]
+    )
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
@@ -517,7 +632,10 @@ def step(args):
         captions = batch[1].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
         out = model(images, captions)
         original, synthetic = out["text_features"].chunk(2)
-        return sum(contrastive(out["image_features"], text, out["logit_scale"]) for text in (original, synthetic))
+        return sum(
+            contrastive(out["image_features"], text, out["logit_scale"])
+            for text in (original, synthetic)
+        )
 
     def run(loss):
         def one():
@@ -542,26 +660,48 @@ def step(args):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["loader", "loss", "step"])
     parser.add_argument("--runs", type=int, default=5, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     part = parser.add_argument_group("loader")
     part.add_argument("--data", metavar="PATTERN", help="joined shards of yours")
     part.add_argument(
-        "--samples", type=int, default=1000, help="in the shards made without --data; default %(default)s"
+        "--samples",
+        type=int,
+        default=1000,
+        help="in the shards made without --data; default %(default)s",
     )
-    part.add_argument("--batches", type=int, default=8, help="of 64 samples in a run; default %(default)s")
-    part.add_argument("--shuffle", type=int, default=5000, help="samples in the shuffle buffer; default OpenCLIP's")
-    part.add_argument("--profile", action="store_true", help="also a table of what each stage costs")
+    part.add_argument(
+        "--batches", type=int, default=8, help="of 64 samples in a run; default %(default)s"
+    )
+    part.add_argument(
+        "--shuffle",
+        type=int,
+        default=5000,
+        help="samples in the shuffle buffer; default OpenCLIP's",
+    )
+    part.add_argument(
+        "--profile", action="store_true", help="also a table of what each stage costs"
+    )
     part = parser.add_argument_group("loss")
     pair = lambda text: tuple(int(number) for number in text.split("x"))  # noqa: E731
-    part.add_argument("--size", type=pair, action="append", metavar="LOCALxGLOBAL", help="may be given several times")
+    part.add_argument(
+        "--size",
+        type=pair,
+        action="append",
+        metavar="LOCALxGLOBAL",
+        help="may be given several times",
+    )
     part = parser.add_argument_group("step")
     part.add_argument("--model", default="ViT-B-16", help="default %(default)s")
     part.add_argument("--batch", type=int, default=256, help="default %(default)s")
     part.add_argument("--precision", choices=["amp_bf16", "amp", "fp32"], default="amp_bf16")
-    part.add_argument("--weights", type=float, nargs=2, default=[0.25, 0.75], help="w0 w1; default %(default)s")
+    part.add_argument(
+        "--weights", type=float, nargs=2, default=[0.25, 0.75], help="w0 w1; default %(default)s"
+    )
     part.add_argument("--grad-checkpointing", action="store_true")
     args = parser.parse_args(arguments)
     print_header(args)

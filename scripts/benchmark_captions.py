@@ -39,13 +39,17 @@ COPY (
 def make_sources(folder, rows, samples):
     for kind in ("metadata", "reinforcements"):
         (folder / kind).mkdir()
-    database = duckdb.connect(config={"memory_limit": "2GB", "temp_directory": str(folder / "spill")})
+    database = duckdb.connect(
+        config={"memory_limit": "2GB", "temp_directory": str(folder / "spill")}
+    )
     for number, first in enumerate(tqdm(range(0, rows, ROWS), desc="metadata", unit=" files")):
         path = folder / "metadata" / f"{number:05d}.parquet"
         database.execute(METADATA.format(first=first, end=min(rows, first + ROWS), path=path))
     # a permutation of the rows: the step has no common factor with their number
     step = next(n for n in range(rows * 5 // 8 + 1, 2 * rows) if math.gcd(n, rows) == 1)
-    for number, first in enumerate(tqdm(range(0, samples, SAMPLES), desc="reinforcements", unit=" shards")):
+    for number, first in enumerate(
+        tqdm(range(0, samples, SAMPLES), desc="reinforcements", unit=" shards")
+    ):
         query = f"SELECT md5((i * {step} % {rows})::VARCHAR) FROM range({first}, {min(samples, first + SAMPLES)}) t(i)"
         uids = [uid for (uid,) in database.execute(query).fetchall()]
         with open(folder / "reinforcements" / f"{number:08d}.tar", "wb") as file:
@@ -53,7 +57,9 @@ def make_sources(folder, rows, samples):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=12_000_000)
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")

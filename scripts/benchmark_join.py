@@ -38,7 +38,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHARDS = ("00000000.tar", "00000001.tar")
 IMAGE, EMBEDDINGS = 60_000, 221_700  # bytes; 36 x 1536 float32 and npz's headers
-SMALL = {"url.txt": 80, "syn.json": 300, "paug.json": 4_000, "json": 120}  # beside txt; of one sample of the 12M set
+SMALL = {
+    "url.txt": 80,
+    "syn.json": 300,
+    "paug.json": 4_000,
+    "json": 120,
+}  # beside txt; of one sample of the 12M set
 
 
 def write_shard(path, samples):
@@ -59,11 +64,20 @@ def make_sources(folder, samples, seed):
         pair = folder / "images" / name, folder / "reinforcements" / name
         for path in pair:
             path.parent.mkdir(exist_ok=True)
-        write_shard(pair[0], ((uid, {"jpg": rng.randbytes(IMAGE), "txt": b"a caption of some words"}) for uid in uids))
+        write_shard(
+            pair[0],
+            (
+                (uid, {"jpg": rng.randbytes(IMAGE), "txt": b"a caption of some words"})
+                for uid in uids
+            ),
+        )
 
         def reinforcement(uid):
             small = {extension: rng.randbytes(size) for extension, size in SMALL.items()}
-            return small | {"npz": rng.randbytes(EMBEDDINGS), "json": json.dumps({"uid": uid}).encode()}
+            return small | {
+                "npz": rng.randbytes(EMBEDDINGS),
+                "json": json.dumps({"uid": uid}).encode(),
+            }
 
         write_shard(pair[1], ((uid, reinforcement(uid)) for uid in uids))
         pairs.append(pair)
@@ -72,7 +86,10 @@ def make_sources(folder, samples, seed):
 
 def commands(pairs, folder, workers):
     """``{way: shell commands, to be run side by side}``."""
-    cat = [f"cat {images} {reinforcements} > {folder}/{images.name}" for images, reinforcements in pairs]
+    cat = [
+        f"cat {images} {reinforcements} > {folder}/{images.name}"
+        for images, reinforcements in pairs
+    ]
     pack = [
         f"mkdir {folder}/{images.name}.d && tar xf {images} -C {folder}/{images.name}.d "
         f"&& tar xf {reinforcements} -C {folder}/{images.name}.d "
@@ -103,17 +120,30 @@ def measure(shells, folder):
 
 
 def of_cpu(field):
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), platform.machine())
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    )
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith(field)),
+        platform.machine(),
+    )
 
 
 def print_header(args):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    tar = subprocess.run(["tar", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    kind = subprocess.run(["stat", "-f", "-c", "%T", args.folder], capture_output=True, text=True).stdout.strip()
-    print(f"{of_cpu('model name')}, {os.cpu_count()} cores, {memory:.0f} GB, {kind}; load {os.getloadavg()[0]:.1f}")
+    tar = subprocess.run(["tar", "--version"], capture_output=True, text=True).stdout.splitlines()[
+        0
+    ]
+    kind = subprocess.run(
+        ["stat", "-f", "-c", "%T", args.folder], capture_output=True, text=True
+    ).stdout.strip()
+    print(
+        f"{of_cpu('model name')}, {os.cpu_count()} cores, {memory:.0f} GB, {kind}; load {os.getloadavg()[0]:.1f}"
+    )
     print(f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {tar}")
-    print(f"2 shards of {args.samples:,} samples, seed {args.seed}; median of {args.runs} runs by turns\n")
+    print(
+        f"2 shards of {args.samples:,} samples, seed {args.seed}; median of {args.runs} runs by turns\n"
+    )
 
 
 def print_embeddings(args):
@@ -124,15 +154,25 @@ def print_embeddings(args):
     sys.path.append(str(ROOT / "scripts"))
     from join_shards import GZIP_LEVEL
 
-    rng, wide, packed, error = np.random.default_rng(args.seed), [], {0: [], GZIP_LEVEL: [], 9: []}, []
+    rng, wide, packed, error = (
+        np.random.default_rng(args.seed),
+        [],
+        {0: [], GZIP_LEVEL: [], 9: []},
+        [],
+    )
     for _ in range(100):
-        blocks = rng.standard_normal((36, 2, 768), dtype=np.float32)  # two teachers, each of unit length by itself
+        blocks = rng.standard_normal(
+            (36, 2, 768), dtype=np.float32
+        )  # two teachers, each of unit length by itself
         rows = (blocks / np.linalg.norm(blocks, axis=-1, keepdims=True)).reshape(36, 1536)
         stored = {"image_emb": rows[:30], "text_emb": rows[30:]}
         stream = io.BytesIO()
         np.savez(stream, **stored)
         wide.append(stream.tell())
-        narrow, stream = {name: torch.from_numpy(part).bfloat16() for name, part in stored.items()}, io.BytesIO()
+        narrow, stream = (
+            {name: torch.from_numpy(part).bfloat16() for name, part in stored.items()},
+            io.BytesIO(),
+        )
         torch.save(narrow, stream)
         for level, sizes in packed.items():
             sizes.append(len(gzip.compress(stream.getvalue(), level, mtime=0)))
@@ -147,28 +187,41 @@ def print_embeddings(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=5000, help="in each shard; default %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--samples", type=int, default=5000, help="in each shard; default %(default)s"
+    )
     parser.add_argument("--runs", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="for temporary files; default %(default)s")
+    parser.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="for temporary files; default %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     needed = 5 * len(SHARDS) * args.samples * (IMAGE + EMBEDDINGS + sum(SMALL.values()) + 8 * 1024)
     if (free := shutil.disk_usage(args.folder).free) < needed:
-        raise SystemExit(f"{args.folder} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} are needed; give a --folder")
+        raise SystemExit(
+            f"{args.folder} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} are needed; give a --folder"
+        )
     print_header(args)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmark_join-") as folder:
         pairs = make_sources(Path(folder), args.samples, args.seed)
         size = sum(path.stat().st_size for pair in pairs for path in pair)
-        print(f"| workers | way | s | s with sync | GB/s | MB | x cat | x cat with sync |\n|{'---|' * 8}")
+        print(
+            f"| workers | way | s | s with sync | GB/s | MB | x cat | x cat with sync |\n|{'---|' * 8}"
+        )
         for workers in (1, 2):
             ways = commands(pairs, Path(folder) / "out", workers)
             runs = {way: [] for way in ways}
             for _ in range(args.runs):
                 for way, shells in ways.items():
                     runs[way].append(measure(shells, Path(folder) / "out"))
-            medians = {way: [statistics.median(column) for column in zip(*runs[way], strict=True)] for way in ways}
+            medians = {
+                way: [statistics.median(column) for column in zip(*runs[way], strict=True)]
+                for way in ways
+            }
             for way, (ended, synced, memory) in medians.items():
                 ratios = ended / medians["cat"][0], synced / medians["cat"][1]
                 print(

@@ -84,11 +84,18 @@ except ImportError:
     duckdb = None
 
 VERSION = 1  # of the bytes this script writes; raise it to have old shards made again
-MEMORY_A_SAMPLE = 32  # bytes of --memory for each sample of a part; at 20 the join of 10 M samples went well too
+MEMORY_A_SAMPLE = (
+    32  # bytes of --memory for each sample of a part; at 20 the join of 10 M samples went well too
+)
 PART = 250_000_000  # samples at most by default: every shard is read by way of the part's footer, which grows
-LONG, CUT = 16 << 10, 4096  # bytes that a caption may have; characters to which a longer one is cut: as many at most
+LONG, CUT = (
+    16 << 10,
+    4096,
+)  # bytes that a caption may have; characters to which a longer one is cut: as many at most
 ROW_GROUP = 20480  # rows, about a shard's: who reads a shard's captions then decodes little else
-WORKER_MEMORY = 10**9  # bytes that DuckDB may take in a process that does one shard; 0.1 GB is what it takes
+WORKER_MEMORY = (
+    10**9
+)  # bytes that DuckDB may take in a process that does one shard; 0.1 GB is what it takes
 PATTERN = set("*?[")  # in a path, for DuckDB
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -114,7 +121,11 @@ def first_line(error):
 
 def connect(memory, threads, temp):
     """``memory`` in bytes; without ``temp`` nothing is spilled."""
-    settings = {"memory_limit": f"{memory // 10**6}MB", "threads": threads, "temp_directory": str(temp or "")}
+    settings = {
+        "memory_limit": f"{memory // 10**6}MB",
+        "threads": threads,
+        "temp_directory": str(temp or ""),
+    }
     connection = duckdb.connect(config={**settings, "autoinstall_known_extensions": False})
     # it takes memory for a whole row group of each thread's file, in the place of a page
     connection.execute("LOAD parquet; SET disable_parquet_prefetching = true")
@@ -149,9 +160,17 @@ def list_uids(name, source, output):
         source.path(name)
         stamp = source.stamp(name)
         with contextlib.suppress(duckdb.Error):  # it isn't there, or is damaged
-            (made_from,) = worker().execute("SELECT value FROM parquet_kv_metadata($1)", [str(path)]).fetchone()
+            (made_from,) = (
+                worker()
+                .execute("SELECT value FROM parquet_kv_metadata($1)", [str(path)])
+                .fetchone()
+            )
             if json.loads(made_from) == stamp:
-                (samples,) = worker().execute("SELECT count(*) FROM read_parquet($1)", [str(path)]).fetchone()
+                (samples,) = (
+                    worker()
+                    .execute("SELECT count(*) FROM read_parquet($1)", [str(path)])
+                    .fetchone()
+                )
                 return {"shard": name, "stamp": stamp, "samples": samples}
         contents = source.contents(name)
         # those that are refused the join leaves out, and counts
@@ -195,9 +214,13 @@ def quoted(path):
 
 def metadata_files(pattern):
     path = Path(pattern)
-    files = path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    files = (
+        path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    )
     if not (files := sorted(file for file in files if file.is_file())):
-        raise SystemExit(f"--metadata {pattern}: no parquet files there; give their folder, or a pattern in quotes")
+        raise SystemExit(
+            f"--metadata {pattern}: no parquet files there; give their folder, or a pattern in quotes"
+        )
     if bad := next((file for file in files if PATTERN & set(str(file))), None):
         raise SystemExit(f"{bad}: DuckDB takes a path with * ? [ for a pattern; rename it")
     return files
@@ -209,15 +232,23 @@ def open_metadata(files):
     for file in tqdm(files, desc="metadata", unit=" files", leave=False):
         try:
             described = worker().execute(f"DESCRIBE SELECT * FROM {parquet(file)}").fetchall()
-            rows += worker().execute("SELECT num_rows FROM parquet_file_metadata($1)", [str(file)]).fetchone()[0]
+            rows += (
+                worker()
+                .execute("SELECT num_rows FROM parquet_file_metadata($1)", [str(file)])
+                .fetchone()[0]
+            )
         except duckdb.Error as error:
             raise SystemExit(f"{file} can't be read, get it anew: {first_line(error)}") from None
         columns = {column.lower(): kind for column, kind, *_ in described}
         for column, kinds in (("uid", ("VARCHAR", "UUID")), ("text", ("VARCHAR",))):
             if column not in columns:
-                raise SystemExit(f"{file} has no column {column}; its columns are {', '.join(columns)}")
+                raise SystemExit(
+                    f"{file} has no column {column}; its columns are {', '.join(columns)}"
+                )
             if columns[column] not in kinds:
-                raise SystemExit(f"{file}: its column {column} is {columns[column]}, expected {' or '.join(kinds)}")
+                raise SystemExit(
+                    f"{file}: its column {column} is {columns[column]}, expected {' or '.join(kinds)}"
+                )
     return rows
 
 
@@ -243,7 +274,9 @@ def watched(connection, spill, bar, told):
 
     def watch():
         while not ended.wait(0.2):
-            told["spilled_bytes"] = max(told["spilled_bytes"], sum(size_of(file) for file in spill.glob("*")))
+            told["spilled_bytes"] = max(
+                told["spilled_bytes"], sum(size_of(file) for file in spill.glob("*"))
+            )
             bar.update(max(0, round(connection.query_progress()) - bar.n))
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -271,7 +304,13 @@ def join_part(path, part, files, rows, args, work, told):
     spill, partial = work / "spill", work / "part.partial"
     partial.unlink(missing_ok=True)
     samples = sum(result["samples"] for result in part)
-    settings = {"samples": samples, "rows": rows, "long": LONG, "characters": CUT, "row_group": ROW_GROUP}
+    settings = {
+        "samples": samples,
+        "rows": rows,
+        "long": LONG,
+        "characters": CUT,
+        "row_group": ROW_GROUP,
+    }
     query = JOIN.format(key=KEY, to=quoted(partial), **settings)
     lists = [str(beside(args.output, result["shard"], "uids.parquet")) for result in part]
     values = {"lists": lists, "metadata": [str(file) for file in files]}
@@ -279,7 +318,9 @@ def join_part(path, part, files, rows, args, work, told):
         contextlib.closing(connect(args.memory, args.threads, spill)) as connection,
         tqdm(total=100, desc=f"join of {samples:,} samples", unit="%") as bar,
     ):
-        connection.execute("SET preserve_insertion_order = false")  # but for ORDER BY's; it takes memory
+        connection.execute(
+            "SET preserve_insertion_order = false"
+        )  # but for ORDER BY's; it takes memory
         connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
         with watched(connection, spill, bar, told):
             connection.execute(query, values)
@@ -310,8 +351,13 @@ def caption_shard(item, joined, output):
     number, name, made = item
     try:
         lists = str(beside(output, name, "uids.parquet"))
-        uids = [uid for (uid,) in worker().execute("SELECT uid FROM read_parquet($1)", [lists]).fetchall()]
-        query = "SELECT place - $2, text, cut FROM read_parquet($1) WHERE place >= $2 AND place < $3"
+        uids = [
+            uid
+            for (uid,) in worker().execute("SELECT uid FROM read_parquet($1)", [lists]).fetchall()
+        ]
+        query = (
+            "SELECT place - $2, text, cut FROM read_parquet($1) WHERE place >= $2 AND place < $3"
+        )
         rows = worker().execute(query, [str(joined), number << 32, (number + 1) << 32])
         captions, counts = {}, Counter()  # captions: {position: (text, cut)}
         while batch := rows.fetchmany(10_000):
@@ -330,7 +376,12 @@ def caption_shard(item, joined, output):
         record = beside(output, name, "json")
         record.unlink(missing_ok=True)
         publish_anew(output / name, lambda file: write_tar(file, members))
-        kept = {"made": made, "bytes": (output / name).stat().st_size, "samples": len(members), "counts": +counts}
+        kept = {
+            "made": made,
+            "bytes": (output / name).stat().st_size,
+            "samples": len(members),
+            "counts": +counts,
+        }
         publish_anew(record, lambda file: file.write(json.dumps(kept).encode()))
         return {**kept, "shard": name, "state": "written"}
     except Exception as error:
@@ -342,11 +393,19 @@ def caption_shard(item, joined, output):
 
 def table(report):
     rows = [("captions", report["samples"]), *sorted(report["counts"].items(), reverse=True)]
-    rows += [(f"shards {state}", number) for state, number in sorted(report["shards"].items(), reverse=True)]
+    rows += [
+        (f"shards {state}", number)
+        for state, number in sorted(report["shards"].items(), reverse=True)
+    ]
     width = max(len(label) for label, _ in rows)
     seconds = ", ".join(f"{stage} {number:.0f}" for stage, number in report["seconds"].items())
     memory = f"{report['peak_bytes'] / 1e9:.2f} GB of memory, {report['spilled_bytes'] / 1e9:.2f} GB spilled"
-    return "\n".join([*(f"{label:<{width}}  {number:>13,}" for label, number in rows), f"seconds: {seconds}; {memory}"])
+    return "\n".join(
+        [
+            *(f"{label:<{width}}  {number:>13,}" for label, number in rows),
+            f"seconds: {seconds}; {memory}",
+        ]
+    )
 
 
 def peak_memory():
@@ -357,24 +416,58 @@ def peak_memory():
 
 def memory_size(text):
     if not (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB)", text, re.IGNORECASE)):
-        raise argparse.ArgumentTypeError(f"{text} is no size: expected a number and MB, GB or TB, as in 8GB")
+        raise argparse.ArgumentTypeError(
+            f"{text} is no size: expected a number and MB, GB or TB, as in 8GB"
+        )
     if (size := int(float(found[1]) * UNITS[found[2].upper()])) < 200 * 10**6:
         raise argparse.ArgumentTypeError(f"{text} is too little: at least 200MB")
     return size
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_option, cores = parser.add_argument, os.cpu_count() or 1
-    add_option("--metadata", required=True, metavar="DIR|GLOB", help="parquet files with the columns uid and text")
-    add_option("--shards-of", required=True, metavar="DIR|PATTERN", help="reinforcement shards: a folder, or as braces")
-    add_option("--shards", metavar="PATTERN", help="brace pattern of names; default: all that are there")
-    add_option("--output", type=Path, required=True, metavar="DIR")
-    add_option("--memory", type=memory_size, default="8GB", help="what the join may take; default %(default)s")
-    add_option("--temp", type=Path, metavar="DIR", help="for what the join spills; default: in the output folder")
-    add_option("--threads", type=int, default=cores, help="of the join, and processes beside it; default %(default)s")
     add_option(
-        "--part", type=int, metavar="N", help="samples to join at a time; default: --memory / 32 bytes, at most 250 M"
+        "--metadata",
+        required=True,
+        metavar="DIR|GLOB",
+        help="parquet files with the columns uid and text",
+    )
+    add_option(
+        "--shards-of",
+        required=True,
+        metavar="DIR|PATTERN",
+        help="reinforcement shards: a folder, or as braces",
+    )
+    add_option(
+        "--shards", metavar="PATTERN", help="brace pattern of names; default: all that are there"
+    )
+    add_option("--output", type=Path, required=True, metavar="DIR")
+    add_option(
+        "--memory",
+        type=memory_size,
+        default="8GB",
+        help="what the join may take; default %(default)s",
+    )
+    add_option(
+        "--temp",
+        type=Path,
+        metavar="DIR",
+        help="for what the join spills; default: in the output folder",
+    )
+    add_option(
+        "--threads",
+        type=int,
+        default=cores,
+        help="of the join, and processes beside it; default %(default)s",
+    )
+    add_option(
+        "--part",
+        type=int,
+        metavar="N",
+        help="samples to join at a time; default: --memory / 32 bytes, at most 250 M",
     )
     args = parser.parse_args(arguments)
     args.part = args.part if args.part is not None else min(args.memory // MEMORY_A_SAMPLE, PART)
@@ -385,7 +478,9 @@ def parse_arguments(arguments):
     args.work = (args.temp or args.output / ".captions") / "work"
     for path in (args.output, args.work):
         if PATTERN & set(str(path)):
-            parser.error(f"{path}: DuckDB takes a path with * ? [ for a pattern; choose another folder")
+            parser.error(
+                f"{path}: DuckDB takes a path with * ? [ for a pattern; choose another folder"
+            )
     return args
 
 
@@ -397,7 +492,9 @@ def work_folder(path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f"another run is at work in {path}; give this one a --temp of its own") from None
+            raise SystemExit(
+                f"another run is at work in {path}; give this one a --temp of its own"
+            ) from None
         shutil.rmtree(path / "spill", ignore_errors=True)
         yield
         shutil.rmtree(path / "spill", ignore_errors=True)
@@ -419,11 +516,15 @@ def make_captions(names, source, files, rows, args, report):
     def stage(name):
         start = time.monotonic()
         yield
-        report["seconds"][name] = report["seconds"].get(name, 0) + round(time.monotonic() - start, 2)
+        report["seconds"][name] = report["seconds"].get(name, 0) + round(
+            time.monotonic() - start, 2
+        )
 
     listed = {}
     with stage("uids"), tqdm(total=len(names), desc="uids", unit=" shards") as bar:
-        for result in run_all(functools.partial(list_uids, source=source, output=args.output), names, args.threads):
+        for result in run_all(
+            functools.partial(list_uids, source=source, output=args.output), names, args.threads
+        ):
             if "error" in result:
                 tell(bar, result)
             else:
@@ -452,7 +553,10 @@ def make_captions(names, source, files, rows, args, report):
                 with stage("join"):
                     join_part(joined, part, files, rows, args, args.work, report)
             with stage("shards"):
-                write, failed = functools.partial(caption_shard, joined=joined, output=args.output), False
+                write, failed = (
+                    functools.partial(caption_shard, joined=joined, output=args.output),
+                    False,
+                )
                 for result in run_all(write, todo, args.threads):
                     tell(bar, result)
                     failed = failed or result["state"] == "failed"
@@ -464,18 +568,30 @@ def make_captions(names, source, files, rows, args, report):
 def main(arguments=None):
     args = parse_arguments(arguments)
     if duckdb is None or int(duckdb.__version__.partition(".")[0]) < 2:
-        raise SystemExit("DuckDB 2 is needed: pip install 'duckdb>=2', or this repository's extra: -e '.[captions]'")
+        raise SystemExit(
+            "DuckDB 2 is needed: pip install 'duckdb>=2', or this repository's extra: -e '.[captions]'"
+        )
     source = Source.parse(args.shards_of)
     if source.folder.resolve() in (args.output.resolve(), *args.output.resolve().parents):
-        raise SystemExit(f"--output {args.output} is the folder of the reinforcements or inside; it needs its own")
+        raise SystemExit(
+            f"--output {args.output} is the folder of the reinforcements or inside; it needs its own"
+        )
     if not (names := expand(args.shards) if args.shards else source.shards()):
         raise SystemExit(f"no shards (*.tar) in {source.folder}")
     if bad := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise SystemExit(f"--shards: names relative to the folder of --shards-of, without '..', not {bad[0]}")
+        raise SystemExit(
+            f"--shards: names relative to the folder of --shards-of, without '..', not {bad[0]}"
+        )
     files = metadata_files(args.metadata)
     rows = open_metadata(files)
 
-    report = {"metadata_rows": rows, "shards": Counter(), "samples": 0, "counts": Counter(), "failed": {}}
+    report = {
+        "metadata_rows": rows,
+        "shards": Counter(),
+        "samples": 0,
+        "counts": Counter(),
+        "failed": {},
+    }
     report |= {"seconds": {}, "spilled_bytes": 0, "peak_bytes": 0}
     with work_folder(args.work):
         make_captions(names, source, files, rows, args, report)
@@ -492,7 +608,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         raise SystemExit("interrupted; run it again to go on") from None
     except BrokenProcessPool:
-        raise SystemExit("a worker was killed, short of memory perhaps; run it again, with fewer --threads") from None
+        raise SystemExit(
+            "a worker was killed, short of memory perhaps; run it again, with fewer --threads"
+        ) from None
     except OSError as error:
         raise SystemExit(str(error)) from None
     except Exception as error:
@@ -500,5 +618,9 @@ if __name__ == "__main__":
             raise SystemExit("interrupted; run it again to go on") from None
         if duckdb is None or not isinstance(error, duckdb.Error):
             raise
-        hint = "; give it more --memory or fewer --threads" if isinstance(error, duckdb.OutOfMemoryException) else ""
+        hint = (
+            "; give it more --memory or fewer --threads"
+            if isinstance(error, duckdb.OutOfMemoryException)
+            else ""
+        )
         raise SystemExit(f"DuckDB: {first_line(error)}{hint}; run it again to go on") from None

@@ -85,7 +85,9 @@ REFUSED = re.compile(
 # bytes of an answer. img2dataset holds as many as twice its threads in memory, 256 by default: 5 GB a process at the
 # worst, and 8 while the half that is just coming is copied
 MAX_BYTES = 20 << 20
-MAX_SECONDS = 120  # for an address, redirects included: a server that drips would hold up its shard for ever
+MAX_SECONDS = (
+    120  # for an address, redirects included: a server that drips would hold up its shard for ever
+)
 MAX_PIXELS = 1 << 28  # of an image, 0.8 GB once decoded
 MAX_URL = 1 << 16  # bytes; longer ones are no addresses
 
@@ -148,7 +150,9 @@ class Bounded(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Has every request answered by an :class:`Answer`."""
 
     def http_request(self, request):
-        request.full_url = urllib.parse.quote(request.full_url, safe=string.punctuation)  # spaces, letters beyond ASCII
+        request.full_url = urllib.parse.quote(
+            request.full_url, safe=string.punctuation
+        )  # spaces, letters beyond ASCII
         if not hasattr(request, "end"):  # else it is where a redirect leads
             request.end = time.monotonic() + MAX_SECONDS
         return self.do_request_(request)
@@ -175,7 +179,11 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 def http_opener():
     """Like urllib's own, but for file, ftp and data: an address or a redirect could ask for those."""
-    proxies = {scheme: proxy for scheme, proxy in urllib.request.getproxies().items() if scheme in ("http", "https")}
+    proxies = {
+        scheme: proxy
+        for scheme, proxy in urllib.request.getproxies().items()
+        if scheme in ("http", "https")
+    }
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(proxies),
@@ -234,7 +242,11 @@ def sha256_in(contents, uid):
     if "json" not in members or uid in contents.refused:
         return None
     sha256 = read_json(members["json"]).get("sha256")
-    return sha256.lower() if isinstance(sha256, str) and re.fullmatch(r"[0-9A-Fa-f]{64}", sha256) else None
+    return (
+        sha256.lower()
+        if isinstance(sha256, str) and re.fullmatch(r"[0-9A-Fa-f]{64}", sha256)
+        else None
+    )
 
 
 def write_list(item, source, reinforcements, verify):
@@ -255,13 +267,24 @@ def write_list(item, source, reinforcements, verify):
                 url = members["url.txt"].read().strip()
             without += not url
             if url:
-                expected = (sha256_in(embedded, uid) or sha256_in(contents, uid)) if verify else None
-                rows.append({"uid": uid, "url": url.decode("utf-8", "replace"), "expected_sha256": expected})
+                expected = (
+                    (sha256_in(embedded, uid) or sha256_in(contents, uid)) if verify else None
+                )
+                rows.append(
+                    {"uid": uid, "url": url.decode("utf-8", "replace"), "expected_sha256": expected}
+                )
         if not rows:
             raise ShardError("holds no address (url.txt)")
-        schema = pyarrow.schema([(column, pyarrow.string()) for column in ("uid", "url", "expected_sha256")])
+        schema = pyarrow.schema(
+            [(column, pyarrow.string()) for column in ("uid", "url", "expected_sha256")]
+        )
         parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
-        return {"name": name, "listed": len(rows), "without_url": without, "unusable": len(contents.refused)}
+        return {
+            "name": name,
+            "listed": len(rows),
+            "without_url": without,
+            "unusable": len(contents.refused),
+        }
     except (ShardError, OSError) as error:
         return {"name": name, "error": str(error)}
     except Exception as error:  # whatever a stranger's shard may hold, the others go on
@@ -302,34 +325,53 @@ def finish(output, shard, batch, number):
     try:
         tar.parent.mkdir(parents=True, exist_ok=True)
         for path in (tar, table, stats):
-            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of a run that was killed
+            for leftover in path.parent.glob(
+                f".{glob.escape(path.name)}.*.partial"
+            ):  # of a run that was killed
                 leftover.unlink(missing_ok=True)
         seconds = json.loads(its_stats.read_text())["duration"]
         held = parquet.read_table(its_table)
         by_uid = {row["uid"]: row for row in held.to_pylist()}
         images = {}
-        if any(row["status"] == "success" for row in by_uid.values()):  # Python 3.10's tarfile fails on an empty tar
+        if any(
+            row["status"] == "success" for row in by_uid.values()
+        ):  # Python 3.10's tarfile fails on an empty tar
             with open(str(its_tar), "rb") as file:
                 images = read_contents(file).samples
         rows = []
-        for uid in parquet.read_table(batch / "lists" / shard["list"])["uid"].to_pylist():  # in the shard's order
+        for uid in parquet.read_table(batch / "lists" / shard["list"])[
+            "uid"
+        ].to_pylist():  # in the shard's order
             row = by_uid.get(uid)
             if row is None or (row["status"] == "success" and "jpg" not in images.get(uid, {})):
                 # img2dataset goes on after a failed write: with a full disk, this would be a shard without images
-                raise ShardError(f"img2dataset lost samples on the way, {uid} for one; {LOG} says why")
-            row |= {"key": uid, "outcome": outcome(row)}  # for img2dataset, keys are running numbers
+                raise ShardError(
+                    f"img2dataset lost samples on the way, {uid} for one; {LOG} says why"
+                )
+            row |= {
+                "key": uid,
+                "outcome": outcome(row),
+            }  # for img2dataset, keys are running numbers
             if row["outcome"] == "changed":
-                row |= {"status": "failed_to_download", "error_message": "hash mismatch"}  # img2dataset's words
+                row |= {
+                    "status": "failed_to_download",
+                    "error_message": "hash mismatch",
+                }  # img2dataset's words
             rows.append(row)
 
         def samples():
             for row in rows:
                 if row["outcome"] == "downloaded":
                     record = {column: value for column, value in row.items() if column != "outcome"}
-                    yield row["uid"], {"jpg": images[row["uid"]]["jpg"], "json": json.dumps(record).encode()}
+                    yield (
+                        row["uid"],
+                        {"jpg": images[row["uid"]]["jpg"], "json": json.dumps(record).encode()},
+                    )
 
         schema = held.schema.append(pyarrow.field("outcome", pyarrow.string()))
-        publish(table, lambda file: parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file))
+        publish(
+            table, lambda file: parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
+        )
         counts = Counter(row["outcome"] for row in rows)
         about = {
             "count": len(rows),
@@ -337,13 +379,20 @@ def finish(output, shard, batch, number):
             "outcomes": {name: counts[name] for name in OUTCOMES},
             "without_url": shard["without_url"],
             "unusable": shard.get("unusable", 0),  # a list of an earlier version has none
-            "unverified": sum(row["outcome"] == "downloaded" and not row["expected_sha256"] for row in rows),
+            "unverified": sum(
+                row["outcome"] == "downloaded" and not row["expected_sha256"] for row in rows
+            ),
         }
         publish_json(stats, about)
-        publish(tar, lambda file: write_tar(file, samples()))  # last: with it, the shard is finished
+        publish(
+            tar, lambda file: write_tar(file, samples())
+        )  # last: with it, the shard is finished
         return about
     except OSError as error:
-        if error.errno in (None, errno.ENOENT):  # pyarrow's, of a damaged file; or img2dataset wasn't done with it
+        if error.errno in (
+            None,
+            errno.ENOENT,
+        ):  # pyarrow's, of a damaged file; or img2dataset wasn't done with it
             raise ShardError(f"what img2dataset left of it can't be read: {error}") from error
         raise SystemExit(
             f"{tar}: {error.strerror}: make room there, and run it again; what was downloaded is kept in {batch}"
@@ -356,7 +405,9 @@ def finish(output, shard, batch, number):
 
 
 def result_paths(batch, number):
-    return tuple(batch / "shards" / f"{number:08d}{ending}" for ending in (".tar", ".parquet", "_stats.json"))
+    return tuple(
+        batch / "shards" / f"{number:08d}{ending}" for ending in (".tar", ".parquet", "_stats.json")
+    )
 
 
 def finish_ready(batch, output, shards, bar):
@@ -403,7 +454,9 @@ def claim_batch(output):
     new = Path(tempfile.mkdtemp(prefix="new-", dir=work))
     lock = open(new / "lock", "w")  # noqa: SIM115, the caller closes it
     fcntl.flock(lock, fcntl.LOCK_EX)
-    batch = new.rename(work / new.name.replace("new-", "batch-"))  # locked before another run can see it
+    batch = new.rename(
+        work / new.name.replace("new-", "batch-")
+    )  # locked before another run can see it
     for folder in ("lists", "shards"):
         (batch / folder).mkdir()
     return batch, lock
@@ -411,7 +464,9 @@ def claim_batch(output):
 
 def rescue(output):
     """Keep what runs that were killed had finished, and remove their work folders."""
-    for new in (output / WORK).glob("new-*"):  # one of a run that is alive is so called for a moment only
+    for new in (output / WORK).glob(
+        "new-*"
+    ):  # one of a run that is alive is so called for a moment only
         with contextlib.suppress(FileNotFoundError):
             if time.time() - new.stat().st_mtime > OLD:
                 shutil.rmtree(new)
@@ -426,7 +481,9 @@ def rescue(output):
                 shards = json.loads((batch / "batch.json").read_text())
             for number, shard in shards.items():
                 if not is_finished(output, shard["name"]):
-                    with contextlib.suppress(Exception):  # unfinished, or damaged: it is fetched again
+                    with contextlib.suppress(
+                        Exception
+                    ):  # unfinished, or damaged: it is fetched again
                         finish(output, shard, batch, int(number))
             shutil.rmtree(batch)
 
@@ -439,7 +496,10 @@ def run_batch(names, sources, args, bar):
         lister = functools.partial(write_list, verify=not args.no_verify_hash, **sources)
         lists = {listed["name"]: listed for listed in run_all(lister, items, args.processes)}
         shards = {}
-        for path, name in items:  # img2dataset numbers its shards by the lists that are there, in their order
+        for (
+            path,
+            name,
+        ) in items:  # img2dataset numbers its shards by the lists that are there, in their order
             if "error" in lists[name]:
                 bar.fail(name, lists[name]["error"])
             else:
@@ -477,7 +537,12 @@ def run_img2dataset(batch, shards, longest, args, bar):
         begin = log.tell()
         # in a session of its own, as Ctrl-C is for this process
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
         )
     try:
         while True:
@@ -495,7 +560,9 @@ def run_img2dataset(batch, shards, longest, args, bar):
             log.seek(begin)
             said = (log.read().decode("utf-8", "replace").strip() or "nothing").splitlines()[-1]
         bar.close()
-        raise SystemExit(f"img2dataset ended with status {process.returncode}; in {args.output / LOG}: {said[:300]}")
+        raise SystemExit(
+            f"img2dataset ended with status {process.returncode}; in {args.output / LOG}: {said[:300]}"
+        )
     return shards
 
 
@@ -504,7 +571,14 @@ def run_img2dataset(batch, shards, longest, args, bar):
 
 def report_on(output):
     """The counts of all finished shards in the output folder, those of other runs too."""
-    report = {"shards": 0, "samples": 0, "outcomes": Counter(), "without_url": 0, "unusable": 0, "unverified": 0}
+    report = {
+        "shards": 0,
+        "samples": 0,
+        "outcomes": Counter(),
+        "without_url": 0,
+        "unusable": 0,
+        "unverified": 0,
+    }
     for path in sorted(output.rglob("*_stats.json")):
         name = path.with_name(f"{path.name.removesuffix('_stats.json')}.tar").relative_to(output)
         if any(part.startswith(".") for part in name.parts) or not is_finished(output, name):
@@ -538,7 +612,9 @@ def table(report, output):
     width = max(len(label) for label, _ in rows)
     whole = max(report["samples"], 1)
     lines = [f"{label:<{width}}  {number:>13,}  {number / whole:>6.1%}" for label, number in rows]
-    lines.append(f"{report['shards']:,} shards in {output}; each sample's outcome and error_message: <shard>.parquet")
+    lines.append(
+        f"{report['shards']:,} shards in {output}; each sample's outcome and error_message: <shard>.parquet"
+    )
     return "\n".join(lines)
 
 
@@ -564,7 +640,11 @@ def choose(wanted, source):
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
         if first > last:
             raise SystemExit(f"--shards {wanted}: the first is greater than the last")
-        names = [name for name in held if (number := running_number(name)) is not None and first <= number <= last]
+        names = [
+            name
+            for name in held
+            if (number := running_number(name)) is not None and first <= number <= last
+        ]
         if len(names) < last - first + 1:
             raise SystemExit(
                 f"--shards {wanted}: {len(names)} of these {last - first + 1} are in {source.folder}; get the others "
@@ -574,7 +654,9 @@ def choose(wanted, source):
         names = expand(wanted)
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).suffix != ".tar":
-            raise SystemExit(f"--shards: numbers A-B, or names of tars relative to the input's folder, not {name}")
+            raise SystemExit(
+                f"--shards: numbers A-B, or names of tars relative to the input's folder, not {name}"
+            )
         if source.stamp(name) is None:
             raise SystemExit(f"{name} is not in {source.folder}")
     return names
@@ -584,17 +666,30 @@ def open_source(option, text, output):
     try:
         source = Source.parse(text)
     except SystemExit:
-        raise SystemExit(f"{option} {text}: no such folder; scripts/download_datacompdr12m.sh gets it") from None
-    if output.resolve() == source.folder.resolve() or source.folder.resolve() in output.resolve().parents:
-        raise SystemExit(f"--output {output} is {option}'s folder or inside it; it needs a folder of its own")
+        raise SystemExit(
+            f"{option} {text}: no such folder; scripts/download_datacompdr12m.sh gets it"
+        ) from None
+    if (
+        output.resolve() == source.folder.resolve()
+        or source.folder.resolve() in output.resolve().parents
+    ):
+        raise SystemExit(
+            f"--output {output} is {option}'s folder or inside it; it needs a folder of its own"
+        )
     return source
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_option = parser.add_argument
     add_option("--input", required=True, metavar="DIR|PATTERN", help="shards with url.txt")
-    add_option("--reinforcements", metavar="DIR|PATTERN", help="shards whose json has the sha256; default: the input")
+    add_option(
+        "--reinforcements",
+        metavar="DIR|PATTERN",
+        help="shards whose json has the sha256; default: the input",
+    )
     add_option("--output", type=Path, required=True, metavar="DIR")
     add_option(
         "--shards",
@@ -602,10 +697,24 @@ def parse_arguments(arguments):
         help="by number (of DataCompDR-1B, 1003 is 01/00000003.tar) or brace pattern of names; default: all",
     )
     add_option("--no-verify-hash", action="store_true", help="keep changed images")
-    add_option("--processes", type=int, default=min(16, os.cpu_count() or 1), help="default %(default)s")
-    add_option("--threads", type=int, default=128, help="downloads at a time in each process; default %(default)s")
-    add_option("--timeout", type=int, default=10, help="seconds to wait for a server; default %(default)s")
-    add_option("--retries", type=int, default=1, help="further tries for an address that failed; default %(default)s")
+    add_option(
+        "--processes", type=int, default=min(16, os.cpu_count() or 1), help="default %(default)s"
+    )
+    add_option(
+        "--threads",
+        type=int,
+        default=128,
+        help="downloads at a time in each process; default %(default)s",
+    )
+    add_option(
+        "--timeout", type=int, default=10, help="seconds to wait for a server; default %(default)s"
+    )
+    add_option(
+        "--retries",
+        type=int,
+        default=1,
+        help="further tries for an address that failed; default %(default)s",
+    )
     add_option(
         "--distributor",
         choices=["multiprocessing", "pyspark", "ray"],
@@ -613,11 +722,19 @@ def parse_arguments(arguments):
         help="img2dataset's; for pyspark and ray, every machine needs img2dataset and the output folder",
     )
     add_option(
-        "--batch", type=int, help=f"shards in one run of img2dataset; default {SHARDS_PER_PROCESS} for each process"
+        "--batch",
+        type=int,
+        help=f"shards in one run of img2dataset; default {SHARDS_PER_PROCESS} for each process",
     )
     args = parser.parse_args(arguments)
     args.batch = args.batch if args.batch is not None else SHARDS_PER_PROCESS * args.processes
-    for option, least in (("processes", 1), ("threads", 1), ("timeout", 1), ("retries", 0), ("batch", 1)):
+    for option, least in (
+        ("processes", 1),
+        ("threads", 1),
+        ("timeout", 1),
+        ("retries", 0),
+        ("batch", 1),
+    ):
         if getattr(args, option) < least:
             parser.error(f"--{option} {getattr(args, option)}: at least {least}")
     return args
@@ -636,7 +753,9 @@ def main(arguments=None):
     if args.reinforcements and not args.no_verify_hash:
         reinforcements = open_source("--reinforcements", args.reinforcements, args.output)
     names = choose(args.shards, source)
-    if reinforcements and (absent := [name for name in names if reinforcements.stamp(name) is None]):
+    if reinforcements and (
+        absent := [name for name in names if reinforcements.stamp(name) is None]
+    ):
         raise SystemExit(
             f"{len(absent)} of {len(names)} shards are not in {reinforcements.folder}, {absent[0]} for one: get them "
             "first, or keep changed images with --no-verify-hash"
@@ -651,13 +770,20 @@ def main(arguments=None):
         for start in range(0, len(todo), args.batch):
             run_batch(todo[start : start + args.batch], sources, args, bar)
     report = report_on(args.output)
-    publish_json(args.output / "download_report.json", {"arguments": vars(args), **report, "failed": bar.failed})
+    publish_json(
+        args.output / "download_report.json",
+        {"arguments": vars(args), **report, "failed": bar.failed},
+    )
     print(table(report, args.output))
     if bar.failed:
-        raise SystemExit(f"{len(bar.failed)} of {len(names)} shards failed, see above; run it again to try them again")
+        raise SystemExit(
+            f"{len(bar.failed)} of {len(names)} shards failed, see above; run it again to try them again"
+        )
 
 
-if __name__ == "__mp_main__":  # a process that multiprocessing started, for img2dataset or for the lists
+if (
+    __name__ == "__mp_main__"
+):  # a process that multiprocessing started, for img2dataset or for the lists
     end_with_parent()
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--fetch"]:

@@ -41,7 +41,10 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HTTPError  # HTTPError: httpx's, or that of its successor
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,
+)  # HTTPError: httpx's, or that of its successor
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, logging
 from tqdm import tqdm
@@ -114,7 +117,9 @@ def explain(error, repo):
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated: accept its terms on {page_of(repo)}, and set HF_TOKEN to a token of that account"
     if status == 401 and not get_token():
-        return f"{host} gives {repo} to nobody without a token (401): set HF_TOKEN, or check the name"
+        return (
+            f"{host} gives {repo} to nobody without a token (401): set HF_TOKEN, or check the name"
+        )
     if status in (401, 403):
         return f"the token (HF_TOKEN, or that of hf auth login) may not read {repo} ({status}): set another one"
     if status == 404:
@@ -197,7 +202,9 @@ def plan(repo, folder, shards, per_folder):
             f"{len(paths)} that --shards names); nothing was brought"
         )
     if not paths:
-        raise SystemExit(f"{repo} holds no shards such as {shard_path(0, per_folder)}; nothing was brought")
+        raise SystemExit(
+            f"{repo} holds no shards such as {shard_path(0, per_folder)}; nothing was brought"
+        )
     paths = [*(path for path in held if DESCRIPTION.fullmatch(path)), *paths]
     files = []
     for path in paths:
@@ -210,7 +217,9 @@ def plan(repo, folder, shards, per_folder):
 def tell_licence(repo, card):
     names = card.get("license_name") or card.get("license")
     names = ", ".join(names) if isinstance(names, list) else names
-    print(f"{repo}: {f'licence {plain(names)}' if names else 'its card names no licence'}; read {page_of(repo)}")
+    print(
+        f"{repo}: {f'licence {plain(names)}' if names else 'its card names no licence'}; read {page_of(repo)}"
+    )
 
 
 def check_folder(files):
@@ -218,7 +227,9 @@ def check_folder(files):
     folder, repo = files[0].folder, files[0].repo
     record = folder / RECORDS / "repository"
     if record.is_file() and (other := record.read_text().strip()) not in ("", repo):
-        raise SystemExit(f"{folder} holds {plain(other)}, not {repo}: name another folder, or remove that one")
+        raise SystemExit(
+            f"{folder} holds {plain(other)}, not {repo}: name another folder, or remove that one"
+        )
     sizes = {file: size_of(file.target) for file in files if file.is_shard}
     if unlike := [file for file, size in sizes.items() if size not in (None, file.size)]:
         first = unlike[0]
@@ -314,7 +325,9 @@ def check(file, progress):
     if size != file.size or (len(file.hash) == 64 and digest.hexdigest() != file.hash):
         progress(-size)
         file.partial.unlink()
-        raise DownloadError(f"what came ({in_bytes(size)}) is not what the Hub lists, by its size or SHA-256")
+        raise DownloadError(
+            f"what came ({in_bytes(size)}) is not what the Hub lists, by its size or SHA-256"
+        )
 
 
 def bring(file, planned, tries, bar, stop):
@@ -339,7 +352,9 @@ def bring(file, planned, tries, bar, stop):
                 check(file, progress)
                 os.replace(file.partial, file.target)
                 brought = True
-                for older in file.partial.parent.glob(f"{file.target.name}.*.partial"):  # of an earlier commit
+                for older in file.partial.parent.glob(
+                    f"{file.target.name}.*.partial"
+                ):  # of an earlier commit
                     older.unlink()
             except (HTTPError, DownloadError) as error:
                 if status_of(error) not in (None, *TRANSIENT):
@@ -347,7 +362,9 @@ def bring(file, planned, tries, bar, stop):
                 fruitless = 0 if (size_of(file.partial) or 0) > before else fruitless + 1
                 if fruitless >= tries:
                     raise
-                bar.write(f"{file.path}: {explain(error, file.repo)}; trying again", file=sys.stderr)
+                bar.write(
+                    f"{file.path}: {explain(error, file.repo)}; trying again", file=sys.stderr
+                )
                 stop.wait(min(LONGEST_PAUSE, 2**fruitless))
     return brought
 
@@ -368,13 +385,24 @@ def bring_all(files, workers, tries):
 
     Returns ``{File: why}`` of those, and how many files and bytes this run has brought: another may bring some of them.
     """
-    stop, failed, planned, brought = threading.Event(), {}, {file: file.missing() for file in files}, 0
-    pause = 0.5 if sys.stderr.isatty() else 30  # seconds between two states of the bar; less fills a log
+    stop, failed, planned, brought = (
+        threading.Event(),
+        {},
+        {file: file.missing() for file in files},
+        0,
+    )
+    pause = (
+        0.5 if sys.stderr.isatty() else 30
+    )  # seconds between two states of the bar; less fills a log
     with (
-        tqdm(total=sum(planned.values()), unit="B", unit_scale=True, smoothing=0, mininterval=pause) as bar,
+        tqdm(
+            total=sum(planned.values()), unit="B", unit_scale=True, smoothing=0, mininterval=pause
+        ) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
-        started = {pool.submit(bring, file, planned[file], tries, bar, stop): file for file in files}
+        started = {
+            pool.submit(bring, file, planned[file], tries, bar, stop): file for file in files
+        }
         try:
             for done, future in enumerate(as_completed(started), 1):
                 try:
@@ -391,7 +419,9 @@ def bring_all(files, workers, tries):
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--repo",
         nargs=2,
@@ -400,11 +430,18 @@ def parse_arguments(arguments):
         metavar=("REPO", "FOLDER"),
         help="a data set on the Hub, and where its files go; may be repeated",
     )
-    parser.add_argument("--shards", type=shard_range, metavar="A-B", help="by number, 0-3 for four (default: all)")
     parser.add_argument(
-        "--per-folder", type=int, default=0, help="shards in each folder of the data set; 0 (default): they have none"
+        "--shards", type=shard_range, metavar="A-B", help="by number, 0-3 for four (default: all)"
     )
-    parser.add_argument("--workers", type=int, default=8, help="files that are brought at once (default: 8)")
+    parser.add_argument(
+        "--per-folder",
+        type=int,
+        default=0,
+        help="shards in each folder of the data set; 0 (default): they have none",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=8, help="files that are brought at once (default: 8)"
+    )
     parser.add_argument(
         "--tries",
         type=int,
@@ -415,11 +452,17 @@ def parse_arguments(arguments):
     args = parser.parse_args(arguments)
     for name, least in (("workers", 1), ("tries", 1), ("per_folder", 0)):
         if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected {least} or more, not {getattr(args, name)}")
+            parser.error(
+                f"--{name.replace('_', '-')}: expected {least} or more, not {getattr(args, name)}"
+            )
     folders = [Path(folder).resolve() for _, folder in args.repo]
     if len(set(folders)) < len(folders):
-        parser.error("--repo: each data set needs a folder of its own, the names of their shards are the same")
-    if bad := next((repo for repo, _ in args.repo if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo)), None):
+        parser.error(
+            "--repo: each data set needs a folder of its own, the names of their shards are the same"
+        )
+    if bad := next(
+        (repo for repo, _ in args.repo if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo)), None
+    ):
         parser.error(f"--repo: expected a name such as apple/DataCompDR-12M, not {bad!r}")
     return args
 
@@ -427,7 +470,10 @@ def parse_arguments(arguments):
 def main(arguments=None):
     args = parse_arguments(arguments)
     logging.set_verbosity_error()  # what goes wrong is told here
-    if urlsplit(constants.ENDPOINT).scheme not in ("http", "https") or not urlsplit(constants.ENDPOINT).hostname:
+    if (
+        urlsplit(constants.ENDPOINT).scheme not in ("http", "https")
+        or not urlsplit(constants.ENDPOINT).hostname
+    ):
         raise SystemExit("HF_ENDPOINT is no address such as https://huggingface.co")
     if not re.fullmatch(r"[\x21-\x7e]*", get_token() or ""):
         raise SystemExit("HF_TOKEN holds a space or a character that no token has: set it again")
@@ -443,10 +489,15 @@ def main(arguments=None):
     print("The images have licences of their own, which are up to whoever published them.")
     check_disk(files)
     if args.dry_run or not files:
-        print("nothing was brought: " + ("this was a dry run" if args.dry_run else "all of it is there"))
+        print(
+            "nothing was brought: "
+            + ("this was a dry run" if args.dry_run else "all of it is there")
+        )
         return
 
-    files.sort(key=lambda file: (file.is_shard, file.path))  # the same shards of all data sets, one after another
+    files.sort(
+        key=lambda file: (file.is_shard, file.path)
+    )  # the same shards of all data sets, one after another
     start = time.monotonic()
     sys.stdout.flush()
     prepare(files)
@@ -454,7 +505,9 @@ def main(arguments=None):
     left = [file for file in files if not file.is_there()]
     if failed:
         file, why = next(iter(failed.items()))
-        raise SystemExit(f"{len(left)} of {len(files)} files are missing. {file.path}: {why}. Run it again to go on")
+        raise SystemExit(
+            f"{len(left)} of {len(files)} files are missing. {file.path}: {why}. Run it again to go on"
+        )
     others = f"; another run brought {len(files) - brought}" if brought < len(files) else ""
     print(f"brought {brought} files, {in_bytes(size)}, in {time.monotonic() - start:.0f} s{others}")
 

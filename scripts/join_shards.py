@@ -69,7 +69,17 @@ from typing import NamedTuple
 
 from braceexpand import braceexpand
 from shard_index import UnalignedSource
-from shard_members import CHUNK, HEADER_BUFFER, IMAGES, ShardError, open_files, read_contents, read_json, same, scan
+from shard_members import (
+    CHUNK,
+    HEADER_BUFFER,
+    IMAGES,
+    ShardError,
+    open_files,
+    read_contents,
+    read_json,
+    same,
+    scan,
+)
 from tqdm import tqdm
 
 VERSION = 2  # of the bytes this script writes; raise it to have old shards joined again
@@ -103,14 +113,22 @@ class Source(NamedTuple):
         """A folder, a tar, or a brace pattern of tars; names are relative to the folder before the first brace."""
         if Path(text).is_dir():
             return cls(Path(text), None)
-        folder = Path(text.partition("{")[0].rpartition("/")[0] or ("/" if text.startswith("/") else "."))
+        folder = Path(
+            text.partition("{")[0].rpartition("/")[0] or ("/" if text.startswith("/") else ".")
+        )
         if not folder.is_dir() or ("{" not in text and not Path(text).is_file()):
             raise SystemExit(f"--source {text}: no such folder")
-        return cls(folder, frozenset(Path(path).relative_to(folder).as_posix() for path in expand(text)))
+        return cls(
+            folder, frozenset(Path(path).relative_to(folder).as_posix() for path in expand(text))
+        )
 
     def shards(self):
         found = (path.relative_to(self.folder) for path in self.folder.rglob("*.tar"))
-        visible = (path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+        visible = (
+            path.as_posix()
+            for path in found
+            if not any(part.startswith(".") for part in path.parts)
+        )
         return sorted(self.names) if self.names is not None else sorted(visible)
 
     def path(self, name):
@@ -136,7 +154,8 @@ def parts_of(extensions):
     there = {
         "image": not extensions.isdisjoint(IMAGES),
         "caption": "txt" in extensions,
-        "reinforcement": {"syn.json", "paug.json"} <= extensions and not extensions.isdisjoint({"npz", "pth.gz"}),
+        "reinforcement": {"syn.json", "paug.json"} <= extensions
+        and not extensions.isdisjoint({"npz", "pth.gz"}),
     }
     return {part for part in there if there[part]}
 
@@ -147,7 +166,9 @@ def parts_of(extensions):
 def gather(name, sources):
     """The Contents of all sources for a shard; unaligned ones are asked for the uids of the others."""
     held = [source.contents(name) if isinstance(source, Source) else None for source in sources]
-    uids = list(dict.fromkeys(chain.from_iterable(contents.samples for contents in held if contents)))
+    uids = list(
+        dict.fromkeys(chain.from_iterable(contents.samples for contents in held if contents))
+    )
     return [contents or source.find(uids) for source, contents in zip(sources, held, strict=True)]
 
 
@@ -179,10 +200,15 @@ def union(sources, settings, counts):
 
     ``counts`` takes up what was left out, and why, and which duplicates differed.
     """
-    leader = next((s for s in sources if any("paug.json" in members for members in s.samples.values())), sources[0])
+    leader = next(
+        (s for s in sources if any("paug.json" in members for members in s.samples.values())),
+        sources[0],
+    )
     for uid in dict.fromkeys(chain(leader.samples, *(source.samples for source in sources))):
         held = [source.samples[uid] for source in sources if uid in source.samples]
-        members = {extension: span for sample in reversed(held) for extension, span in sample.items()}
+        members = {
+            extension: span for sample in reversed(held) for extension, span in sample.items()
+        }
         refused = next((source.refused[uid] for source in sources if uid in source.refused), None)
         missing = [part for part in settings["require"] if part not in parts_of(members.keys())]
         unlike = changed(uid, sources) if settings["verify_hash"] and not missing else False
@@ -192,7 +218,9 @@ def union(sources, settings, counts):
             continue
         counts["unverified"] += unlike is None
         for sample in held:
-            counts["differing"].update(e for e, span in sample.items() if not same(span, members[e]))
+            counts["differing"].update(
+                e for e, span in sample.items() if not same(span, members[e])
+            )
         yield uid, {extension: members[extension] for extension in chain.from_iterable(held)}
 
 
@@ -200,7 +228,7 @@ def as_bf16(samples, counts):
     """Put a ``pth.gz`` of bfloat16 into the place of each ``npz``; one that can't be read costs its sample."""
     import torch  # takes 200 MB and seconds
 
-    from dr.reinforcement import MAX_INFLATED, BadSample, embeddings
+    from dr.sample import MAX_INFLATED, BadSample, embeddings
 
     for uid, members in samples:
         if "npz" in members:
@@ -215,8 +243,13 @@ def as_bf16(samples, counts):
             torch.save({name: tensor.bfloat16() for name, tensor in stored.items()}, stream)
             narrow = gzip.compress(stream.getvalue(), GZIP_LEVEL, mtime=0)
             # the npz is what training would have read of the two
-            members = {extension: span for extension, span in members.items() if extension != "pth.gz"}
-            members = {("pth.gz" if e == "npz" else e): (narrow if e == "npz" else span) for e, span in members.items()}
+            members = {
+                extension: span for extension, span in members.items() if extension != "pth.gz"
+            }
+            members = {
+                ("pth.gz" if e == "npz" else e): (narrow if e == "npz" else span)
+                for e, span in members.items()
+            }
         yield uid, members
 
 
@@ -241,15 +274,29 @@ class TarWriter:
     """Puts a tar together in one buffer, from headers and the sources' bytes, and writes it out when it is full."""
 
     def __init__(self, out):
-        self.out, self.buffer, self.filled, self.length, self.begun = out, memoryview(bytearray(BUFFER)), 0, 0, 0
+        self.out, self.buffer, self.filled, self.length, self.begun = (
+            out,
+            memoryview(bytearray(BUFFER)),
+            0,
+            0,
+            0,
+        )
 
     def flush(self):
         self.out.write(self.buffer[: self.filled])
         self.length += self.filled
         self.filled = 0
-        if self.length - self.begun >= WRITE_BACK and hasattr(os, "posix_fadvise") and hasattr(self.out, "fileno"):
-            with contextlib.suppress(OSError):  # advice only: the disk is to begin now, not at the end
-                os.posix_fadvise(self.out.fileno(), self.begun, self.length - self.begun, os.POSIX_FADV_DONTNEED)
+        if (
+            self.length - self.begun >= WRITE_BACK
+            and hasattr(os, "posix_fadvise")
+            and hasattr(self.out, "fileno")
+        ):
+            with contextlib.suppress(
+                OSError
+            ):  # advice only: the disk is to begin now, not at the end
+                os.posix_fadvise(
+                    self.out.fileno(), self.begun, self.length - self.begun, os.POSIX_FADV_DONTNEED
+                )
             self.begun = self.length
 
     def room(self, wanted):
@@ -282,7 +329,9 @@ def header(name, size):
     """As tarfile makes it, in a fifth of the time."""
     name, digits = name.encode("utf-8", "surrogateescape"), b"%011o" % size
     checksum = b"%06o" % (EMPTY_SUM + sum(name) + sum(digits))
-    return b"".join((name.ljust(100, b"\0"), EMPTY[100:124], digits, EMPTY[135:148], checksum, EMPTY[154:]))
+    return b"".join(
+        (name.ljust(100, b"\0"), EMPTY[100:124], digits, EMPTY[135:148], checksum, EMPTY[154:])
+    )
 
 
 def write_tar(out, samples):
@@ -340,7 +389,9 @@ def damage(name, shard, record, sources, settings):
     try:
         with open(str(shard), "rb", buffering=CHUNK) as file:
             if None not in [source.stamp(name) for source in sources]:
-                write_tar(Comparison(file), samples_of(gather(name, sources), settings, new_counts()))
+                write_tar(
+                    Comparison(file), samples_of(gather(name, sources), settings, new_counts())
+                )
             elif (found := len(read_contents(file).samples)) != record["samples"]:
                 raise ShardError(f"holds {found} samples, not {record['samples']}")
     except (ShardError, OSError) as error:
@@ -356,7 +407,9 @@ def join_shard(name, sources, output, settings, recheck):
     try:
         stamps = [source.stamp(name) for source in sources]
         before = record["sources"] if record and record.get("settings") == settings else []
-        if len(stamps) == len(before) and all(stamp in (None, old) for stamp, old in zip(stamps, before, strict=True)):
+        if len(stamps) == len(before) and all(
+            stamp in (None, old) for stamp, old in zip(stamps, before, strict=True)
+        ):
             damaged = damage(name, shard, record, sources, settings) if recheck else None
             if not damaged:
                 return {**record, "shard": name, "state": "already there"}
@@ -366,17 +419,27 @@ def join_shard(name, sources, output, settings, recheck):
         def write(file):
             written = write_tar(file, samples_of(contents, settings, counts))
             if not written:
-                reasons = ", ".join(f"{number} with {reason}" for reason, number in counts["left_out"].items())
+                reasons = ", ".join(
+                    f"{number} with {reason}" for reason, number in counts["left_out"].items()
+                )
                 raise ShardError(f"no sample would be left: {reasons or 'the sources are empty'}")
             record_path(shard).unlink(missing_ok=True)
             return written
 
         record_path(shard).parent.mkdir(parents=True, exist_ok=True)
         for path in (shard, record_path(shard)):
-            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # of a run that was killed
+            for leftover in path.parent.glob(
+                f".{glob.escape(path.name)}.*.partial"
+            ):  # of a run that was killed
                 leftover.unlink(missing_ok=True)
         samples = publish(shard, write)
-        made = {"settings": settings, "sources": stamps, "bytes": shard.stat().st_size, "samples": samples, **counts}
+        made = {
+            "settings": settings,
+            "sources": stamps,
+            "bytes": shard.stat().st_size,
+            "samples": samples,
+            **counts,
+        }
         publish_json(record_path(shard), made)
         return {**made, "shard": name, "state": "joined", "damaged": damaged}
     except Exception as error:  # whatever a damaged file makes tarfile say: the other shards go on
@@ -414,9 +477,15 @@ def run_all(function, items, workers):
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(function,)) as pool:
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for this process
-        pending = as_completed({pool.submit(do_work, item) for item in items})  # nobody else keeps what has been told
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=start_worker, initargs=(function,)
+    ) as pool:
+        interrupt = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # workers inherit it: Ctrl-C is for this process
+        pending = as_completed(
+            {pool.submit(do_work, item) for item in items}
+        )  # nobody else keeps what has been told
         signal.signal(signal.SIGINT, interrupt)
         try:
             for future in pending:
@@ -456,13 +525,17 @@ def write_sizes(folders):
     """Write sizes.json next to the shards: all finished ones that are there, also those of other runs and tasks."""
 
     def sizes_in(folder):
-        shards = sorted(folder / path.name.removesuffix(".json") for path in folder.glob(".joined/*.tar.json"))
+        shards = sorted(
+            folder / path.name.removesuffix(".json") for path in folder.glob(".joined/*.tar.json")
+        )
         return {shard.name: record["samples"] for shard in shards if (record := finished(shard))}
 
     for folder in sorted(folders):
         written = None
         # looked at again when it is written: of several tasks, the last one to write has seen every shard
-        while (sizes := sizes_in(folder)) != written and (sizes or (folder / "sizes.json").exists()):
+        while (sizes := sizes_in(folder)) != written and (
+            sizes or (folder / "sizes.json").exists()
+        ):
             publish_json(folder / "sizes.json", sizes)
             written = sizes
 
@@ -513,32 +586,56 @@ def table(report):
     """The report for people."""
     rows = [("samples joined", report["samples"])]
     rows += [(f"left out: {reason}", number) for reason, number in report["left_out"].most_common()]
-    rows += [(f"in two sources, differing: {name}", number) for name, number in report["differing"].most_common()]
-    rows += [("kept without a sha256 to compare", report["unverified"])] if report["unverified"] else []
-    rows += [(f"shards {state}", number) for state, number in sorted(report["shards"].items(), reverse=True)]
-    rows += [("unaligned shards that can't be read", len(report["unusable"]))] if report["unusable"] else []
+    rows += [
+        (f"in two sources, differing: {name}", number)
+        for name, number in report["differing"].most_common()
+    ]
+    rows += (
+        [("kept without a sha256 to compare", report["unverified"])] if report["unverified"] else []
+    )
+    rows += [
+        (f"shards {state}", number)
+        for state, number in sorted(report["shards"].items(), reverse=True)
+    ]
+    rows += (
+        [("unaligned shards that can't be read", len(report["unusable"]))]
+        if report["unusable"]
+        else []
+    )
     width = max(len(label) for label, _ in rows)
     speed = report["bytes_joined_now"] / 1e9 / max(report["seconds"], 1e-9)
     lines = [f"{label:<{width}}  {number:>13,}" for label, number in rows]
-    return "\n".join([*lines, f"{report['bytes'] / 1e9:.2f} GB, {report['seconds']:.0f} s, {speed:.2f} GB/s"])
+    return "\n".join(
+        [*lines, f"{report['bytes'] / 1e9:.2f} GB, {report['seconds']:.0f} s, {speed:.2f} GB/s"]
+    )
 
 
 def conclude(report):
     """End with what is to be said of a run that didn't bring all shards through."""
     if report.get("without_report"):
-        raise SystemExit(f"no report of {', '.join(report['without_report'])}: not finished, or killed; run it again")
+        raise SystemExit(
+            f"no report of {', '.join(report['without_report'])}: not finished, or killed; run it again"
+        )
     if number := len(report["failed"]):
-        raise SystemExit(f"{number} of {sum(report['shards'].values())} shards failed; join_report.json says why")
+        raise SystemExit(
+            f"{number} of {sum(report['shards'].values())} shards failed; join_report.json says why"
+        )
     if number := len(report["unusable"]):
         raise SystemExit(f"{number} unaligned shards can't be read; their samples are missing")
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_option, slurm = parser.add_argument, os.environ.get
     for option, kind, told in (
         ("--source", "aligned", "'images/{00000000..00001023}.tar'; once for each source"),
-        ("--unaligned-source", "unaligned", "this, its shards having other names or boundaries than the others'"),
+        (
+            "--unaligned-source",
+            "unaligned",
+            "this, its shards having other names or boundaries than the others'",
+        ),
     ):
         add_option(
             option,
@@ -549,8 +646,17 @@ def parse_arguments(arguments):
             help=f"a folder of shards, or a brace pattern as {told}",
         )
     add_option("--output", type=Path, required=True, metavar="DIR")
-    add_option("--shards", metavar="PATTERN", help="brace pattern of names; default: those in the last source")
-    add_option("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes; default %(default)s")
+    add_option(
+        "--shards",
+        metavar="PATTERN",
+        help="brace pattern of names; default: those in the last source",
+    )
+    add_option(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes; default %(default)s",
+    )
     needed = parser.add_mutually_exclusive_group()
     needed.add_argument(
         "--require",
@@ -564,16 +670,38 @@ def parse_arguments(arguments):
         action="store_true",
         help="leave out samples whose sha256 in img2dataset's json is not the one in the reinforcement's json",
     )
-    add_option("--embeddings", choices=["bf16"], help="rewrite npz as pth.gz in bfloat16; default: as they came")
-    add_option("--recheck", action="store_true", help="read finished shards through, and join damaged ones again")
-    add_option("--index-only", action="store_true", help="only bring the index of unaligned sources up to date")
+    add_option(
+        "--embeddings",
+        choices=["bf16"],
+        help="rewrite npz as pth.gz in bfloat16; default: as they came",
+    )
+    add_option(
+        "--recheck",
+        action="store_true",
+        help="read finished shards through, and join damaged ones again",
+    )
+    add_option(
+        "--index-only",
+        action="store_true",
+        help="only bring the index of unaligned sources up to date",
+    )
     first, task = int(slurm("SLURM_ARRAY_TASK_MIN", 0)), int(slurm("SLURM_ARRAY_TASK_ID", 0))
-    add_option("--task-index", type=int, default=task - first, metavar="I", help="0 … N-1; default: Slurm's, or 0")
+    add_option(
+        "--task-index",
+        type=int,
+        default=task - first,
+        metavar="I",
+        help="0 … N-1; default: Slurm's, or 0",
+    )
     count = int(slurm("SLURM_ARRAY_TASK_COUNT", 1))
     add_option("--task-count", type=int, default=count, metavar="N", help="default: Slurm's, or 1")
-    add_option("--report", action="store_true", help="join nothing; put the tasks' reports together")
+    add_option(
+        "--report", action="store_true", help="join nothing; put the tasks' reports together"
+    )
     args = parser.parse_args(arguments)
-    args.require = [] if args.keep_incomplete else [part.strip() for part in args.require.split(",")]
+    args.require = (
+        [] if args.keep_incomplete else [part.strip() for part in args.require.split(",")]
+    )
     if unknown := set(args.require) - WHERE_FROM.keys():
         parser.error(f"--require {','.join(sorted(unknown))}: give some of {','.join(WHERE_FROM)}")
     if args.workers < 1:
@@ -591,9 +719,14 @@ def open_sources(args):
     """The sources, with an index for those that are not aligned."""
     sources = [Source.parse(text) for text, _ in args.sources]
     for source in sources:
-        inside = [args.output.resolve(), *(args.output.resolve().parents if source.names is None else ())]
+        inside = [
+            args.output.resolve(),
+            *(args.output.resolve().parents if source.names is None else ()),
+        ]
         if source.folder.resolve() in inside:
-            raise SystemExit(f"--output {args.output} is a source or inside one; it needs a folder of its own")
+            raise SystemExit(
+                f"--output {args.output} is a source or inside one; it needs a folder of its own"
+            )
 
     def scan_all(function, paths):
         results = run_all(function, paths, args.workers)
@@ -614,7 +747,9 @@ def join_all(names, sources, args, report):
         "verify_hash": args.verify_hash,
         "embeddings": args.embeddings,
     }
-    join = functools.partial(join_shard, sources=sources, output=args.output, settings=settings, recheck=args.recheck)
+    join = functools.partial(
+        join_shard, sources=sources, output=args.output, settings=settings, recheck=args.recheck
+    )
     aligned = [source for source in sources if isinstance(source, Source)]
     size = {name: sum((source.stamp(name) or [0])[0] for source in aligned) for name in names}
     task = f"task {args.task_index} of {args.task_count}" if args.task_count > 1 else None
@@ -632,10 +767,14 @@ def join_all(names, sources, args, report):
                 for reason, uid in result["first"].items():
                     if not reason.startswith("no "):
                         number = result["left_out"][reason]
-                        bar.write(f"{name}: {number} left out for {reason}, first {uid}", file=sys.stderr)
+                        bar.write(
+                            f"{name}: {number} left out for {reason}, first {uid}", file=sys.stderr
+                        )
                 bar.update(size[name])
             else:
-                bar.total -= size[name]  # so that the time left is that of the shards that take time
+                bar.total -= size[
+                    name
+                ]  # so that the time left is that of the shards that take time
             bar.set_postfix_str(f"{done} of {len(names)} shards")
     report["seconds"] = round(time.monotonic() - start, 2)
     report["failed"] = dict(sorted(report["failed"].items()))
@@ -662,11 +801,17 @@ def main(arguments=None):
     aligned = [source for source in sources if isinstance(source, Source)]
     names = expand(args.shards) if args.shards else aligned[-1].shards()
     if not names:
-        raise SystemExit(f"no shards (*.tar) in {aligned[-1].folder}, the last --source; name them with --shards")
+        raise SystemExit(
+            f"no shards (*.tar) in {aligned[-1].folder}, the last --source; name them with --shards"
+        )
     if bad := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise SystemExit(f"--shards: names relative to the sources' folders, without '..', not {bad[0]}")
+        raise SystemExit(
+            f"--shards: names relative to the sources' folders, without '..', not {bad[0]}"
+        )
     if missing := absent(names, sources, args.require):
-        raise SystemExit("\n".join(f"no source holds a sample's {part}: {WHERE_FROM[part]}" for part in missing))
+        raise SystemExit(
+            "\n".join(f"no source holds a sample's {part}: {WHERE_FROM[part]}" for part in missing)
+        )
 
     args.output.mkdir(parents=True, exist_ok=True)
     reported = task_report(args.output, args.task_index, args.task_count)
@@ -686,6 +831,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         raise SystemExit("interrupted; run it again to go on") from None
     except BrokenProcessPool:
-        raise SystemExit("a worker was killed, short of memory perhaps; run it again, with fewer --workers") from None
+        raise SystemExit(
+            "a worker was killed, short of memory perhaps; run it again, with fewer --workers"
+        ) from None
     except OSError as error:
         raise SystemExit(str(error)) from None

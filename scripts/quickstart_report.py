@@ -28,7 +28,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # dr/, where the project is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # dr/, where the project is not installed
 
 PLAIN, REINFORCED = "student-plain", "student-reinforced"
 RUNS = ("teacher-0", "teacher-1", PLAIN, REINFORCED)
@@ -37,8 +39,17 @@ PANELS = (("image_to_text_R@1", "image to text"), ("text_to_image_R@1", "text to
 SETTINGS = (
     *("model", "lr", "beta1", "beta2", "wd", "warmup", "grad_clip_norm", "precision", "seed"),
     *("epochs", "train_num_samples", "batch_size", "accum_freq", "world_size", "workers"),
-    *("dataset_resampled", "aug_cfg", "dataset_reinforcement", "dataset_reinforcement_mix_synthetic"),
-    *("dataset_reinforcement_mix_synthetic_ratio", "distill_loss_weights", "distill_teacher_dimension"),
+    *(
+        "dataset_resampled",
+        "aug_cfg",
+        "dataset_reinforcement",
+        "dataset_reinforcement_mix_synthetic",
+    ),
+    *(
+        "dataset_reinforcement_mix_synthetic_ratio",
+        "distill_loss_weights",
+        "distill_teacher_dimension",
+    ),
     *("distill_average_after_softmax", "distill_logit_scale"),
 )
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "numpy", "pillow", "timm")
@@ -63,8 +74,14 @@ def read_evaluations(path):
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             metrics = json.loads(line)
-            evaluations[int(metrics["epoch"])] = {name: float(metrics[name]) for name in (*METRICS, "num_samples")}
-        except (ValueError, KeyError, TypeError) as error:  # a line half-written when the run was killed
+            evaluations[int(metrics["epoch"])] = {
+                name: float(metrics[name]) for name in (*METRICS, "num_samples")
+            }
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # a line half-written when the run was killed
             note(f"{path}, line {number} left out: {type(error).__name__}: {error}")
     return dict(sorted(evaluations.items()))
 
@@ -84,7 +101,11 @@ def read_params(path):
 def samples_of_an_epoch(folder, params):
     """As logged, since the trainer rounds --train-num-samples up to whole batches for each worker; None if unknown."""
     log = folder / "out.log"
-    logged = re.findall(r"Train Epoch: \d+ \[ *\d+/(\d+) ", log.read_text(errors="replace")) if log.exists() else []
+    logged = (
+        re.findall(r"Train Epoch: \d+ \[ *\d+/(\d+) ", log.read_text(errors="replace"))
+        if log.exists()
+        else []
+    )
     return int(logged[-1]) if logged else params.get("train_num_samples")
 
 
@@ -100,10 +121,18 @@ def read_run(folder):
     if per_epoch is None:
         note(f"{folder.name}: neither out.log nor params.txt says how many samples an epoch has")
     curve = [
-        {"epoch": epoch, "samples_seen": None if per_epoch is None else epoch * per_epoch, **metrics}
+        {
+            "epoch": epoch,
+            "samples_seen": None if per_epoch is None else epoch * per_epoch,
+            **metrics,
+        }
         for epoch, metrics in evaluations.items()
     ]
-    return {"settings": {name: params[name] for name in SETTINGS if name in params}, "final": curve[-1], "curve": curve}
+    return {
+        "settings": {name: params[name] for name in SETTINGS if name in params},
+        "final": curve[-1],
+        "curve": curve,
+    }
 
 
 def read_runs(logs):
@@ -136,7 +165,9 @@ def chance(num_samples):
 
 def table(runs, num_samples):
     """The lines of the table."""
-    rows = [(name, count(run["final"]["samples_seen"]), run["final"], 1) for name, run in runs.items()]
+    rows = [
+        (name, count(run["final"]["samples_seen"]), run["final"], 1) for name, run in runs.items()
+    ]
     rows.append(("chance", "", chance(num_samples), 2))
     width = max(len(name) for name, *_ in rows)
     lines = [
@@ -157,7 +188,9 @@ def comparison(runs):
     said = []
     for metric, direction in PANELS:
         a, b, n = plain[metric], reinforced[metric], plain["num_samples"]
-        error = 100 * math.sqrt((a * (1 - a) + b * (1 - b)) / n)  # of a difference of two proportions
+        error = 100 * math.sqrt(
+            (a * (1 - a) + b * (1 - b)) / n
+        )  # of a difference of two proportions
         points = 100 * (b - a)
         verdict = "ahead" if points > 0 else "behind" if points < 0 else "level"
         doubt = ", which is within the noise" if abs(points) < 2 * error else ""
@@ -191,19 +224,31 @@ def plot_curves(runs, num_samples, path):
     curves = {name: run for name, run in curves.items() if run["final"]["samples_seen"] is not None}
     others = iter(OTHER_COLORS * len(curves))
     colors = {name: COLORS.get(name) or next(others) for name in curves}
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(10, 4.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(PANELS), figsize=(10, 4.2), sharey=True, layout="constrained"
+    )
     for axis, (metric, direction) in zip(axes, PANELS, strict=True):
         for name, run in curves.items():
             seen = [point["samples_seen"] for point in run["curve"]]
             values = [100 * point[metric] for point in run["curve"]]
-            axis.plot(seen, values, color=colors[name], linewidth=2, marker="o", markersize=4, label=name)
+            axis.plot(
+                seen, values, color=colors[name], linewidth=2, marker="o", markersize=4, label=name
+            )
         for name, run in runs.items():
             if name.startswith("teacher"):
                 label = f"{name}, after {count(run['final']['samples_seen'])} samples"
                 dashes = (0, (6, 2)) if name == "teacher-0" else (0, (2, 2))
-                axis.axhline(100 * run["final"][metric], color=GREY, linewidth=1, linestyle=dashes, label=label)
+                axis.axhline(
+                    100 * run["final"][metric],
+                    color=GREY,
+                    linewidth=1,
+                    linestyle=dashes,
+                    label=label,
+                )
         axis.axhline(100 * chance(num_samples)[metric], color=GREY, linewidth=0.8, label="chance")
-        axis.set_title(f"{direction}, {int(num_samples)} held-out pictures", loc="left", fontsize=11)
+        axis.set_title(
+            f"{direction}, {int(num_samples)} held-out pictures", loc="left", fontsize=11
+        )
         axis.set_xlabel("samples seen")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
         axis.set_xlim(left=0)
@@ -212,7 +257,13 @@ def plot_curves(runs, num_samples, path):
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("recall at 1 [%]")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -232,7 +283,7 @@ def read_samples(shards, number):
 
 def draw_sheet(shards, config, path):
     """A row for each of some samples: the picture, the picture under its stored augmentations, and its captions."""
-    from dr import reinforcement
+    from dr import sample as reinforcement
     from dr.transforms import compose_from_config
 
     steps = config["reinforce"]["image_augmentation"]
@@ -262,11 +313,16 @@ def draw_sheet(shards, config, path):
             axis.imshow(tensor.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
         caption = textwrap.fill(reinforcement.caption(sample), 55)
         synthetic = "\n".join(
-            textwrap.shorten(text, 70, placeholder=" …") for text in reinforcement.synthetic_captions(sample)
+            textwrap.shorten(text, 70, placeholder=" …")
+            for text in reinforcement.synthetic_captions(sample)
         )
         lines = caption.count("\n") + 1
-        row[-1].text(0, 0.98, caption, fontsize=9, fontweight="bold", va="top", transform=row[-1].transAxes)
-        row[-1].text(0, 0.98 - 0.16 * lines, synthetic, fontsize=8, va="top", transform=row[-1].transAxes)
+        row[-1].text(
+            0, 0.98, caption, fontsize=9, fontweight="bold", va="top", transform=row[-1].transAxes
+        )
+        row[-1].text(
+            0, 0.98 - 0.16 * lines, synthetic, fontsize=8, va="top", transform=row[-1].transAxes
+        )
     figure.get_layout_engine().set(h_pad=0.08)
     axes[0][0].set_title("picture", fontsize=9, loc="left")
     axes[0][1].set_title("its stored augmentations, applied again", fontsize=9, loc="left")
@@ -278,7 +334,9 @@ def draw_sheet(shards, config, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="the quickstart's folder")
-    parser.add_argument("--config", type=Path, help="reinforcement config of the joined shards, for the sheet")
+    parser.add_argument(
+        "--config", type=Path, help="reinforcement config of the joined shards, for the sheet"
+    )
     args = parser.parse_args()
 
     folder = args.folder
@@ -295,9 +353,15 @@ def main():
     if runs:
         sizes = {run["final"]["num_samples"] for run in runs.values()}
         if len(sizes) > 1:
-            note(f"the runs were evaluated on different numbers of pictures: {sorted(sizes)}; chance is for the most")
+            note(
+                f"the runs were evaluated on different numbers of pictures: {sorted(sizes)}; chance is for the most"
+            )
         num_samples = max(sizes)
-        results |= {"held_out": int(num_samples), "chance": chance(num_samples), "comparison": comparison(runs)}
+        results |= {
+            "held_out": int(num_samples),
+            "chance": chance(num_samples),
+            "comparison": comparison(runs),
+        }
         plot_curves(runs, num_samples, folder / "learning_curves.png")
         lines = [*table(runs, num_samples), "", *textwrap.wrap(results["comparison"], 100)]
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -309,7 +373,11 @@ def main():
         draw_sheet(shards, json.loads(args.config.read_text()), folder / "augmentations.png")
     else:
         note("no augmentations.png: it takes joined shards and --config")
-    made = [name for name in ("results.json", "learning_curves.png", "augmentations.png") if (folder / name).exists()]
+    made = [
+        name
+        for name in ("results.json", "learning_curves.png", "augmentations.png")
+        if (folder / name).exists()
+    ]
     print(f"{folder}: {', '.join(made)}")
 
 

@@ -39,7 +39,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
 from dr import checkpoint
 from dr.params import register_model
-from dr.reinforcement import IMAGE_MEMBERS, PLAIN_MEMBERS, BadSample, caption, decode_image, first_member, missing
+from dr.sample import (
+    IMAGE_MEMBERS,
+    PLAIN_MEMBERS,
+    BadSample,
+    caption,
+    decode_image,
+    first_member,
+    missing,
+)
 from dr.transforms import Compose, compose_from_config
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -57,21 +65,31 @@ class Teacher:
             model = open_clip.create_model(model_name, device=device)
             logging.disable(logging.NOTSET)
             state = checkpoint.load(pretrained, map_location="cpu")
-            state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+            state = {
+                key.removeprefix("module."): value
+                for key, value in state.get("state_dict", state).items()
+            }
             model.load_state_dict(state)
         else:
             model = open_clip.create_model(model_name, pretrained=pretrained, device=device)
         self.model, self.tokenizer = model.eval(), open_clip.get_tokenizer(model_name)
-        self.mean, self.std = model.visual.preprocess_cfg["mean"], model.visual.preprocess_cfg["std"]
+        self.mean, self.std = (
+            model.visual.preprocess_cfg["mean"],
+            model.visual.preprocess_cfg["std"],
+        )
         self.size = model.visual.preprocess_cfg["size"]
 
     @torch.inference_mode()
-    def embed(self, images: torch.Tensor | None, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed(
+        self, images: torch.Tensor | None, captions: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed images ``[N, 3, H, W]`` in 0…1 and captions; float32 ``[N, D]`` and ``[captions, D]`` on the CPU."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             normalized = F.normalize(images.to(self.device), list(self.mean), list(self.std))
             image_emb = self.model.encode_image(normalized, normalize=True)
-            text_emb = self.model.encode_text(self.tokenizer(captions).to(self.device), normalize=True)
+            text_emb = self.model.encode_text(
+                self.tokenizer(captions).to(self.device), normalize=True
+            )
         return image_emb.float().cpu(), text_emb.float().cpu()
 
 
@@ -79,26 +97,34 @@ def named_teachers(config: dict, where: Path) -> list[tuple[str, str]]:
     """The teachers of a reinforcement config: model name or config file, and weights, of each."""
     names, weights = config["model_name"].split(","), config["pretrained"].split(",")
     if len(names) != len(weights):
-        sys.exit(f"error: {where}: model_name has {len(names)} entries and pretrained {len(weights)}: one for each")
+        sys.exit(
+            f"error: {where}: model_name has {len(names)} entries and pretrained {len(weights)}: one for each"
+        )
     return list(zip(names, weights, strict=True))
 
 
 def unnormalized(config: dict) -> Compose:
     """The augmentation of a reinforcement config without its normalisation: each teacher has its own."""
-    return compose_from_config({k: v for k, v in config["reinforce"]["image_augmentation"].items() if k != "normalize"})
+    return compose_from_config(
+        {k: v for k, v in config["reinforce"]["image_augmentation"].items() if k != "normalize"}
+    )
 
 
 def check_crop(compose: Compose, name: str, teacher: Teacher, where: Path) -> None:
     """End with a line where a teacher takes images of another size than the augmentation gives."""
     crop = compose.transforms["random_resized_crop"].size
     if set(crop) != {teacher.size if isinstance(teacher.size, int) else teacher.size[0]}:
-        sys.exit(f"error: {where}: the crop is {crop} pixels, but teacher {name} takes {teacher.size}")
+        sys.exit(
+            f"error: {where}: the crop is {crop} pixels, but teacher {name} takes {teacher.size}"
+        )
 
 
 class Augmented(IterableDataset):
     """The samples of a shard with their drawn augmentations, in order, whatever the number of workers."""
 
-    def __init__(self, shard: str, compose, augmentations: int, synthetic: dict[str, list[str]], seed: int):
+    def __init__(
+        self, shard: str, compose, augmentations: int, synthetic: dict[str, list[str]], seed: int
+    ):
         self.shard, self.compose, self.augmentations = shard, compose, augmentations
         self.synthetic, self.seed = synthetic, seed
 
@@ -172,7 +198,9 @@ def batches(samples, size: int):
         yield batch
 
 
-def reinforce_shard(shard: str, output: Path, teachers: list[Teacher], args, compose, count: int, synthetic) -> Counter:
+def reinforce_shard(
+    shard: str, output: Path, teachers: list[Teacher], args, compose, count: int, synthetic
+) -> Counter:
     """Write one shard, under a temporary name until it is complete; returns counts of written and left-out samples."""
     outcome: Counter[str] = Counter()
     dataset = Augmented(shard, compose, count, synthetic, args.seed)
@@ -181,7 +209,10 @@ def reinforce_shard(shard: str, output: Path, teachers: list[Teacher], args, com
         for sample in samples:
             if "skipped" in sample:
                 outcome[sample["skipped"]] += 1
-                print(f"warning: left out sample {sample['uid']} of {shard}: {sample['skipped']}", file=sys.stderr)
+                print(
+                    f"warning: left out sample {sample['uid']} of {shard}: {sample['skipped']}",
+                    file=sys.stderr,
+                )
             else:
                 yield sample
 
@@ -189,13 +220,16 @@ def reinforce_shard(shard: str, output: Path, teachers: list[Teacher], args, com
     try:
         with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
             for batch in batches(
-                usable(DataLoader(dataset, batch_size=None, num_workers=args.workers)), args.batch_size
+                usable(DataLoader(dataset, batch_size=None, num_workers=args.workers)),
+                args.batch_size,
             ):
                 images = torch.cat([sample["images"] for sample in batch])
                 captions = [text for sample in batch for text in sample["captions"]]
                 image_emb, text_emb = (
                     torch.cat(parts, dim=1)
-                    for parts in zip(*(teacher.embed(images, captions) for teacher in teachers), strict=True)
+                    for parts in zip(
+                        *(teacher.embed(images, captions) for teacher in teachers), strict=True
+                    )
                 )
                 for sample in batch:
                     augmentations, texts = len(sample["images"]), len(sample["captions"])
@@ -218,15 +252,39 @@ def reinforce_shard(shard: str, output: Path, teachers: list[Teacher], args, com
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="image-caption shards, braces as in WebDataset")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the reinforced shards")
-    parser.add_argument("--config", required=True, type=Path, help="reinforcement config, as in configs/")
-    parser.add_argument("--synthetic-captions", required=True, type=Path, help="JSON lines with uid and syn_text")
-    parser.add_argument("--format", choices=["npz", "pth.gz"], default="npz", help="float32, or bfloat16 (default npz)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the teachers (default fp32)")
-    parser.add_argument("--batch-size", type=int, default=256, help="augmented images at a time (default 256)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode and augment, for each rank")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", required=True, help="image-caption shards, braces as in WebDataset"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder for the reinforced shards"
+    )
+    parser.add_argument(
+        "--config", required=True, type=Path, help="reinforcement config, as in configs/"
+    )
+    parser.add_argument(
+        "--synthetic-captions", required=True, type=Path, help="JSON lines with uid and syn_text"
+    )
+    parser.add_argument(
+        "--format",
+        choices=["npz", "pth.gz"],
+        default="npz",
+        help="float32, or bfloat16 (default npz)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="of the teachers (default fp32)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="augmented images at a time (default 256)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that decode and augment, for each rank"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -237,9 +295,19 @@ def main():
 
     # One output folder holds shards that were made in one way.
     args.output.mkdir(parents=True, exist_ok=True)
-    files = [str(args.synthetic_captions), *(name for pair in named for name in pair if os.path.isfile(name))]
-    settings = {"config": config, "format": args.format, "precision": args.precision, "seed": args.seed}
-    settings["sha256"] = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
+    files = [
+        str(args.synthetic_captions),
+        *(name for pair in named for name in pair if os.path.isfile(name)),
+    ]
+    settings = {
+        "config": config,
+        "format": args.format,
+        "precision": args.precision,
+        "seed": args.seed,
+    }
+    settings["sha256"] = {
+        name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files
+    }
     recorded = args.output / SETTINGS
     if recorded.exists() and json.loads(recorded.read_text()) != settings:
         sys.exit(
@@ -252,20 +320,32 @@ def main():
     shards = list(braceexpand(args.input))
     absent = [shard for shard in shards if not os.path.isfile(shard)]
     if absent:
-        sys.exit(f"error: {len(absent)} of {len(shards)} shards of --input are not there, the first is {absent[0]}")
+        sys.exit(
+            f"error: {len(absent)} of {len(shards)} shards of --input are not there, the first is {absent[0]}"
+        )
     if len({os.path.basename(shard) for shard in shards}) < len(shards):
         sys.exit(
             "error: --input names several shards of one file name: reinforce each folder into an --output of its own"
         )
-    todo = [(s, o) for s in shards[RANK::WORLD_SIZE] if not (o := args.output / os.path.basename(s)).exists()]
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    todo = [
+        (s, o)
+        for s in shards[RANK::WORLD_SIZE]
+        if not (o := args.output / os.path.basename(s)).exists()
+    ]
+    device = torch.device(
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    )
     teachers = [Teacher(*teacher, device, args.precision) for teacher in named] if todo else []
     for (name, _), teacher in zip(named, teachers, strict=False):
         check_crop(compose, name, teacher, args.config)
 
     outcome: Counter[str] = Counter()
-    for shard, output in tqdm(todo, desc=f"reinforce (rank {RANK})", unit="shard", disable=None if RANK == 0 else True):
-        outcome += reinforce_shard(shard, output, teachers, args, compose, config["num_samples"], synthetic)
+    for shard, output in tqdm(
+        todo, desc=f"reinforce (rank {RANK})", unit="shard", disable=None if RANK == 0 else True
+    ):
+        outcome += reinforce_shard(
+            shard, output, teachers, args, compose, config["num_samples"], synthetic
+        )
     skipped = ", ".join(f"{n} {reason}" for reason, n in outcome.items() if reason != "written")
     print(
         f"rank {RANK}: {len(todo)} shards reinforced, {outcome['written']} samples"

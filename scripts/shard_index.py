@@ -32,7 +32,9 @@ TABLES = """
 
 def number_of(uid):
     """64 bits of a uid's hash. That two share them does no harm: what is found is compared by the whole uid."""
-    return int.from_bytes(hashlib.blake2b(os.fsencode(uid), digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(os.fsencode(uid), digest_size=8).digest(), "big", signed=True
+    )
 
 
 def listing(folder, names):
@@ -51,7 +53,11 @@ def scan_shard(shard):
         return number, [], str(error)
     finally:
         open_files.close()
-    return number, [(number_of(uid), number, first, last - first) for uid, (first, last) in extents.items()], None
+    return (
+        number,
+        [(number_of(uid), number, first, last - first) for uid, (first, last) in extents.items()],
+        None,
+    )
 
 
 def build(path, shards, scanned):
@@ -62,19 +68,25 @@ def build(path, shards, scanned):
     os.environ.setdefault("SQLITE_TMPDIR", str(path.parent))  # /tmp is often small
     database = sqlite3.connect(partial)
     try:
-        database.executescript(f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA temp_store=FILE; {TABLES}")
+        database.executescript(
+            f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA temp_store=FILE; {TABLES}"
+        )
         database.executemany("INSERT INTO shards VALUES (?, ?, ?, ?, NULL)", shards)
         for number, rows, fault in scanned:
             database.executemany("INSERT INTO scanned VALUES (?, ?, ?, ?)", rows)
             database.execute("UPDATE shards SET fault = ? WHERE number = ?", (fault, number))
-        database.execute("INSERT INTO samples SELECT * FROM scanned ORDER BY uid, shard, first")  # sorts on disk
+        database.execute(
+            "INSERT INTO samples SELECT * FROM scanned ORDER BY uid, shard, first"
+        )  # sorts on disk
         database.execute("INSERT INTO about VALUES (?)", (VERSION,))
         database.commit()
         database.close()
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-        for leftover in path.parent.glob(f".{path.name}.*.partial"):  # of runs that were killed, or are too late
+        for leftover in path.parent.glob(
+            f".{path.name}.*.partial"
+        ):  # of runs that were killed, or are too late
             leftover.unlink(missing_ok=True)
     finally:
         database.close()
@@ -102,20 +114,26 @@ class UnalignedSource(NamedTuple):
             try:
                 build(source.index, shards, scan_all(scan_shard, paths))
             except (sqlite3.Error, FileNotFoundError) as error:
-                if not source.is_fresh(shards):  # it is when another run was faster, which then takes ours away
+                if not source.is_fresh(
+                    shards
+                ):  # it is when another run was faster, which then takes ours away
                     raise SystemExit(f"{source.index} can't be written: {error}") from error
         state = [[name, size] for _, name, size, _ in shards], source.faults()
         return source._replace(state=hashlib.sha256(repr(state).encode()).hexdigest()[:32])
 
     def ask(self):
         # immutable: no locks, which network file systems are bad at; the file is only ever replaced as a whole
-        return closing(sqlite3.connect(f"file:{quote(str(self.index))}?mode=ro&immutable=1", uri=True))
+        return closing(
+            sqlite3.connect(f"file:{quote(str(self.index))}?mode=ro&immutable=1", uri=True)
+        )
 
     def is_fresh(self, shards):
         try:
             with self.ask() as database:
                 versions = database.execute("SELECT version FROM about").fetchall()
-                held = database.execute("SELECT number, name, size, modified FROM shards ORDER BY number").fetchall()
+                held = database.execute(
+                    "SELECT number, name, size, modified FROM shards ORDER BY number"
+                ).fetchall()
                 return versions == [(VERSION,)] and held == shards
         except sqlite3.Error:
             return False
@@ -123,7 +141,11 @@ class UnalignedSource(NamedTuple):
     def faults(self):
         """``{shard: what is wrong with it}``, of those whose samples can't be had."""
         with self.ask() as database:
-            return dict(database.execute("SELECT name, fault FROM shards WHERE fault IS NOT NULL ORDER BY number"))
+            return dict(
+                database.execute(
+                    "SELECT name, fault FROM shards WHERE fault IS NOT NULL ORDER BY number"
+                )
+            )
 
     def stamp(self, name):
         """What a joined shard's record says of this source; None: it isn't there any more."""
@@ -132,7 +154,9 @@ class UnalignedSource(NamedTuple):
     def example(self, name):
         """A shard by which to tell what the source holds."""
         with self.ask() as database:
-            (first,) = database.execute("SELECT name FROM shards ORDER BY fault IS NOT NULL, number").fetchone()
+            (first,) = database.execute(
+                "SELECT name FROM shards ORDER BY fault IS NOT NULL, number"
+            ).fetchone()
             return self.folder / first
 
     def find(self, uids):
@@ -140,10 +164,14 @@ class UnalignedSource(NamedTuple):
         contents, rows, names = Contents(Samples(), {}), [], {}
         with self.ask() as database:
             for uid in uids:
-                for row in database.execute("SELECT * FROM samples WHERE uid = ?", (number_of(uid),)):
+                for row in database.execute(
+                    "SELECT * FROM samples WHERE uid = ?", (number_of(uid),)
+                ):
                     rows.append((*row[1:], uid))
             for number in {row[0] for row in rows}:
-                (names[number],) = database.execute("SELECT name FROM shards WHERE number = ?", (number,)).fetchone()
+                (names[number],) = database.execute(
+                    "SELECT name FROM shards WHERE number = ?", (number,)
+                ).fetchone()
         for number, group in itertools.groupby(sorted(rows), key=lambda row: row[0]):
             with open(self.folder / names[number], "rb", buffering=HEADER_BUFFER) as file:
                 for _, first, size, uid in group:

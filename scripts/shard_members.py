@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
-from dr.tar import plain_member
+from dr.tar import parse_plain_header
 
 JSON_LIMIT = 10_000_000  # bytes; a larger <key>.json is refused, not read
 TAIL_LIMIT = 1 << 20  # bytes of zeros that may follow a tar's last member: some tools pad this far
@@ -80,7 +80,9 @@ class Span(NamedTuple):
 
 
 def same(a, b):
-    return a == b or (a.size == b.size and all(x == y for x, y in zip(a.chunks(), b.chunks(), strict=True)))
+    return a == b or (
+        a.size == b.size and all(x == y for x, y in zip(a.chunks(), b.chunks(), strict=True))
+    )
 
 
 class Samples(MutableMapping):
@@ -96,7 +98,10 @@ class Samples(MutableMapping):
         return self.numbers[name]
 
     def __setitem__(self, uid, members):
-        spans = [(self.number(extension), self.number(path), *at) for extension, (path, *at) in members.items()]
+        spans = [
+            (self.number(extension), self.number(path), *at)
+            for extension, (path, *at) in members.items()
+        ]
         self.packed[uid] = b"".join(starmap(PACKED_SPAN.pack, spans))
 
     def __getitem__(self, uid):
@@ -137,7 +142,7 @@ def scan(file, start=0, end=None):
             header = file.read(tarfile.BLOCKSIZE)
             if header and not header.strip(b"\0"):
                 break  # the end mark; Python 3.10's tarfile fails on one that is all there is
-            if plain := plain_member(header):
+            if plain := parse_plain_header(header):
                 name, size = plain
                 data = offset + tarfile.BLOCKSIZE
                 offset = data + size + -size % tarfile.BLOCKSIZE
@@ -176,7 +181,9 @@ def scan(file, start=0, end=None):
     if len(tail) < tarfile.BLOCKSIZE:
         raise ShardError(f"{file.name} is not a whole tar: cut off at byte {offset}, no end mark")
     if len(tail) > TAIL_LIMIT or tail.strip(b"\0"):
-        raise ShardError(f"{file.name} is not a whole tar: damaged, or several in one file, at byte {offset}")
+        raise ShardError(
+            f"{file.name} is not a whole tar: damaged, or several in one file, at byte {offset}"
+        )
 
 
 def read_json(span):
@@ -231,8 +238,12 @@ def read_contents(file, start=0, end=None, extents=None):
             fault = "a uid twice in one source"
         if any(len(os.fsencode(f"{uid}.{extension}")) > NAME_LIMIT for extension in members):
             fault = f"a name of over {NAME_LIMIT} bytes"
-        if str(about.get("status")).startswith("failed"):  # img2dataset's failed_to_download, failed_to_resize
-            members = {extension: span for extension, span in members.items() if extension not in IMAGES}
+        if str(about.get("status")).startswith(
+            "failed"
+        ):  # img2dataset's failed_to_download, failed_to_resize
+            members = {
+                extension: span for extension, span in members.items() if extension not in IMAGES
+            }
         contents.samples[uid] = members
         if extents is not None:
             first, last = bounds[key]

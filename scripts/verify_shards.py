@@ -44,7 +44,7 @@ from shard_members import HEADER_BUFFER, ShardError, open_files, scan
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
-from dr.reinforcement import (
+from dr.sample import (
     MAX_INFLATED,
     USED_MEMBERS,
     BadSample,
@@ -61,7 +61,12 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "datacompdr12m.json"
 MAX_MEMBER = MAX_INFLATED  # bytes of a member as it is stored; more are not read
 UNIT_TOLERANCE = {torch.bfloat16: 1e-2}  # bfloat16 has 8 bits
 UNIT_TOLERANCE_ELSE = 1e-3
-CROPS = ("resize", "center_crop", "random_crop", "random_resized_crop")  # what moves pixels before and in the crops
+CROPS = (
+    "resize",
+    "center_crop",
+    "random_crop",
+    "random_resized_crop",
+)  # what moves pixels before and in the crops
 EMBED_AT_ONCE = 64  # augmented images
 
 # What to do about a reason, by how it begins.
@@ -120,11 +125,19 @@ def read(sample, shard):
     """The members that training uses, as its reader gives them."""
     if sample.fault:
         raise BadSample(sample.fault)
-    spans = {extension: span for extension, span in sample.members.items() if extension in USED_MEMBERS}
+    spans = {
+        extension: span for extension, span in sample.members.items() if extension in USED_MEMBERS
+    }
     for extension, span in spans.items():
         if span.size > MAX_MEMBER:
-            raise BadSample(f"oversized {extension}", f"{span.size} bytes, at most {MAX_MEMBER} are taken")
-    return {"__key__": sample.uid, "__url__": shard, **{extension: span.read() for extension, span in spans.items()}}
+            raise BadSample(
+                f"oversized {extension}", f"{span.size} bytes, at most {MAX_MEMBER} are taken"
+            )
+    return {
+        "__key__": sample.uid,
+        "__url__": shard,
+        **{extension: span.read() for extension, span in spans.items()},
+    }
 
 
 def without_pixels(config):
@@ -132,7 +145,11 @@ def without_pixels(config):
     crops = {name: {**config[name]} for name in CROPS if name in config}
     crops.get("random_crop", {}).pop("fill", None)  # a colour, perhaps
     if "random_resized_crop" in crops:
-        crops["random_resized_crop"] = {**crops["random_resized_crop"], "size": 1, "interpolation": "nearest"}
+        crops["random_resized_crop"] = {
+            **crops["random_resized_crop"],
+            "size": 1,
+            "interpolation": "nearest",
+        }
     return compose_from_config(crops)
 
 
@@ -151,7 +168,9 @@ def check(sample: dict, compose: Compose, crops: Compose, dimensions: list[int])
     Raises:
         BadSample: training could not use it, or one of the things that it could draw from it.
     """
-    draw(sample, compose, random.Random(0), width=sum(dimensions))  # training's checks, by training's code
+    draw(
+        sample, compose, random.Random(0), width=sum(dimensions)
+    )  # training's checks, by training's code
     parameters, stored = augmentation_parameters(sample), embeddings(sample)
     try:
         params = [compose.decompress(entry) for entry in parameters]
@@ -198,7 +217,14 @@ def verify_shard(item, config, dimensions, seed, part, number, keep):
     path, expected = item
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # there is a process for each core
-    found = {"shard": path, "samples": 0, "read": 0, "bad": Counter(), "first": {}, "layouts": Counter()}
+    found = {
+        "shard": path,
+        "samples": 0,
+        "read": 0,
+        "bad": Counter(),
+        "first": {},
+        "layouts": Counter(),
+    }
     compose, crops = compose_from_config(config), without_pixels(config)
     samples, good, fault = [], [], None
     try:
@@ -276,21 +302,32 @@ def embed_again(samples, teachers, compose, min_cosine):
         for each teacher and for its images and its texts: numbers for the table, and the worst row's place.
     """
     dimensions = [dimension for *_, dimension in teachers]
-    rows = {(t, kind): [] for t in range(len(teachers)) for kind in ("image", "text")}  # (cosine, shard, uid, row)
+    rows = {
+        (t, kind): [] for t in range(len(teachers)) for kind in ("image", "text")
+    }  # (cosine, shard, uid, row)
     for shard, sample in tqdm(samples, desc="embed", unit=" images"):
         members = read(sample, shard)
-        stored = {name: table.float().split(dimensions, dim=1) for name, table in embeddings(members).items()}
+        stored = {
+            name: table.float().split(dimensions, dim=1)
+            for name, table in embeddings(members).items()
+        }
         params = [compose.decompress(entry) for entry in augmentation_parameters(members)]
         captions = [caption(members), *synthetic_captions(members)]
         img, images = decode_image(members), []
         for start in range(0, len(params), EMBED_AT_ONCE):
-            batch = torch.stack([compose.reapply(img, entry)[0] for entry in params[start : start + EMBED_AT_ONCE]])
+            batch = torch.stack(
+                [compose.reapply(img, entry)[0] for entry in params[start : start + EMBED_AT_ONCE]]
+            )
             images.append([teacher.embed(batch, captions) for _, _, teacher, _ in teachers])
         for t in range(len(teachers)):
             again = {"image": torch.cat([batch[t][0] for batch in images]), "text": images[0][t][1]}
             for kind, table in again.items():
-                cosines = torch.cosine_similarity(table, stored[f"{kind}_emb"][t], dim=1).nan_to_num(-1.0)
-                rows[t, kind] += [(cosine, shard, sample.uid, row) for row, cosine in enumerate(cosines.tolist())]
+                cosines = torch.cosine_similarity(
+                    table, stored[f"{kind}_emb"][t], dim=1
+                ).nan_to_num(-1.0)
+                rows[t, kind] += [
+                    (cosine, shard, sample.uid, row) for row, cosine in enumerate(cosines.tolist())
+                ]
     open_files.close()
     found = []
     for (t, kind), cosines in rows.items():
@@ -316,7 +353,14 @@ def embed_again(samples, teachers, compose, min_cosine):
 
 def put_together(results):
     """The shards' findings as one, the same whatever the order in which the processes came to them."""
-    report = {"shards": len(results), "samples": 0, "read": 0, "bad": Counter(), "first": {}, "layouts": Counter()}
+    report = {
+        "shards": len(results),
+        "samples": 0,
+        "read": 0,
+        "bad": Counter(),
+        "first": {},
+        "layouts": Counter(),
+    }
     report["faults"] = {}
     for found in sorted(results, key=lambda found: found["shard"]):
         for name in ("samples", "read"):
@@ -324,7 +368,9 @@ def put_together(results):
         for name in ("bad", "layouts"):
             report[name].update(found[name])
         for reason, (uid, detail) in found["first"].items():
-            report["first"].setdefault(reason, {"shard": found["shard"], "uid": uid, "detail": detail})
+            report["first"].setdefault(
+                reason, {"shard": found["shard"], "uid": uid, "detail": detail}
+            )
         if found["fault"]:
             report["faults"][found["shard"]] = found["fault"]
     return report
@@ -337,23 +383,36 @@ def table(report):
     for (augmentations, synthetic, width, precision), number in report["layouts"].most_common(5):
         held = f"{augmentations} augmentations, {synthetic} synthetic captions, embeddings {width} wide, {precision}"
         lines.append(f"  {number:,} with {held}")
-    rows = [("usable", read - bad.total(), ""), *((reason, number, reason) for reason, number in bad.most_common())]
+    rows = [
+        ("usable", read - bad.total(), ""),
+        *((reason, number, reason) for reason, number in bad.most_common()),
+    ]
     width = max(len(label) for label, *_ in rows)
     lines += ["", f"{'':<{width}}  {'samples':>11}  {'share':>8}  first"]
     for label, number, reason in rows:
         first = report["first"].get(reason)
-        told = f"{first['uid']} of {first['shard']}: {first['detail']}".removesuffix(": ") if first else ""
+        told = (
+            f"{first['uid']} of {first['shard']}: {first['detail']}".removesuffix(": ")
+            if first
+            else ""
+        )
         share = f"{number / max(read, 1):.2%}"
-        lines.append(f"{label:<{width}}  {number:>11,}  {share:>8}  {printable(told, 300)}".rstrip())
+        lines.append(
+            f"{label:<{width}}  {number:>11,}  {share:>8}  {printable(told, 300)}".rstrip()
+        )
     if report["faults"]:
         lines += ["", f"shards with something wrong: {len(report['faults'])}"]
-        lines += [f"  {printable(shard)}: {printable(fault)}" for shard, fault in report["faults"].items()]
+        lines += [
+            f"  {printable(shard)}: {printable(fault)}" for shard, fault in report["faults"].items()
+        ]
     if report["teachers"]:
         lines += ["", "cosine of stored and new embeddings    rows       min      mean  worst"]
         for found in report["teachers"]:
             worst = found["worst"]
             of = "augmentation" if found["of"] == "image" else "caption"
-            label = f"teacher {found['teacher']} {found['model'].rpartition('/')[2]}, {found['of']}s"
+            label = (
+                f"teacher {found['teacher']} {found['model'].rpartition('/')[2]}, {found['of']}s"
+            )
             lines.append(
                 f"{label:<36}  {found['rows']:>5,}  {found['min']:>8.5f}  {found['mean']:>8.5f}  "
                 + printable(f"{of} {worst['row']} of {worst['uid']} of {worst['shard']}", 300)
@@ -372,10 +431,14 @@ def verdict(report, max_bad, min_cosine, teachers_wanted):
             f"{printable(fault)} (run the join again with --recheck, or leave them out)"
         )
     if not read:
-        wrong.append("not one sample was read" + (" (read a larger part)" if report["samples"] else ""))
+        wrong.append(
+            "not one sample was read" + (" (read a larger part)" if report["samples"] else "")
+        )
     elif bad.total() / read > max_bad:
         reason = bad.most_common(1)[0][0]
-        advice = next((told for begin, told in ADVICE.items() if reason.startswith(begin)), ADVICE_ELSE)
+        advice = next(
+            (told for begin, told in ADVICE.items() if reason.startswith(begin)), ADVICE_ELSE
+        )
         wrong.append(
             f"{bad.total():,} of {read:,} samples ({bad.total() / read:.2%}) can't be used, more than --max-bad "
             f"{max_bad:g}; most: {reason} ({advice})"
@@ -384,7 +447,10 @@ def verdict(report, max_bad, min_cosine, teachers_wanted):
     if low:
         found = min(low, key=lambda found: found["min"])
         of = "augmentation" if found["of"] == "image" else "caption"
-        place = printable(f"{of} {found['worst']['row']} of {found['worst']['uid']} of {found['worst']['shard']}", 300)
+        place = printable(
+            f"{of} {found['worst']['row']} of {found['worst']['uid']} of {found['worst']['shard']}",
+            300,
+        )
         wrong.append(
             f"stored embeddings are not what the teachers make of the samples: a cosine of {found['min']:.4f}, under "
             f"--min-cosine {min_cosine:g}, at {place} (made with other images, parameters or teachers: join with "
@@ -404,9 +470,17 @@ def find_shards(given):
     for text in given:
         if Path(text).is_dir():
             folder = Path(text)
-            shards.update(dict.fromkeys(str(folder / name) for name in Source(folder, None).shards()))
-            for sizes in sorted(folder.rglob("sizes.json")):  # also those that were counted once and are gone
-                shards.update(dict.fromkeys(str(sizes.parent / Path(name).name) for name in read_sizes(sizes.parent)))
+            shards.update(
+                dict.fromkeys(str(folder / name) for name in Source(folder, None).shards())
+            )
+            for sizes in sorted(
+                folder.rglob("sizes.json")
+            ):  # also those that were counted once and are gone
+                shards.update(
+                    dict.fromkeys(
+                        str(sizes.parent / Path(name).name) for name in read_sizes(sizes.parent)
+                    )
+                )
         else:
             shards.update(dict.fromkeys(expand(text)))
     if not any(os.path.isfile(shard) for shard in shards):
@@ -425,10 +499,14 @@ def read_sizes(folder):
         return {}
     try:
         sizes = json.loads(path.read_text())
-        if not isinstance(sizes, dict) or not all(isinstance(number, int) for number in sizes.values()):
+        if not isinstance(sizes, dict) or not all(
+            isinstance(number, int) for number in sizes.values()
+        ):
             raise ValueError("expected an object of whole numbers by shard")
     except (ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} can't be read: {error}; run the join again, or remove it") from None
+        raise SystemExit(
+            f"{path} can't be read: {error}; run the join again, or remove it"
+        ) from None
     return sizes
 
 
@@ -451,7 +529,10 @@ def teacher_dimensions(config, where):
     from dr.params import register_model
 
     try:
-        models = [open_clip.get_model_config(register_model(name)) for name, _ in named_teachers(config, where)]
+        models = [
+            open_clip.get_model_config(register_model(name))
+            for name, _ in named_teachers(config, where)
+        ]
         return [model["embed_dim"] for model in models]
     except (FileNotFoundError, KeyError, TypeError, AttributeError):
         raise SystemExit(
@@ -460,12 +541,26 @@ def teacher_dimensions(config, where):
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_option = parser.add_argument
-    add_option("shards", nargs="+", metavar="SHARDS", help="folder of joined shards, or 'DIR/{00000000..00001023}.tar'")
-    add_option("--config", type=Path, default=CONFIG, help=f"how the set was reinforced; default configs/{CONFIG.name}")
+    add_option(
+        "shards",
+        nargs="+",
+        metavar="SHARDS",
+        help="folder of joined shards, or 'DIR/{00000000..00001023}.tar'",
+    )
+    add_option(
+        "--config",
+        type=Path,
+        default=CONFIG,
+        help=f"how the set was reinforced; default configs/{CONFIG.name}",
+    )
     some = parser.add_mutually_exclusive_group()
-    some.add_argument("--part", type=float, metavar="SHARE", help="read this share of the samples, 0.01 for one")
+    some.add_argument(
+        "--part", type=float, metavar="SHARE", help="read this share of the samples, 0.01 for one"
+    )
     some.add_argument("--samples", type=int, metavar="N", help="read N samples of each shard")
     add_option(
         "--teacher-dimension",
@@ -474,8 +569,19 @@ def parse_arguments(arguments):
         metavar="D",
         help="width of each teacher's block, as --distill-teacher-dimension; default: of the config's teachers",
     )
-    add_option("--max-bad", type=float, default=0.01, metavar="SHARE", help="bad samples allowed; default %(default)s")
-    add_option("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes; default %(default)s")
+    add_option(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="bad samples allowed; default %(default)s",
+    )
+    add_option(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes; default %(default)s",
+    )
     add_option("--seed", type=int, default=0, help="of the choice of samples; default %(default)s")
     add_option(
         "--teachers",
@@ -483,8 +589,20 @@ def parse_arguments(arguments):
         metavar="MODEL PRETRAINED",
         help="embed again, and compare; default teachers: the config's. Give it after SHARDS",
     )
-    add_option("--embed", type=int, default=32, metavar="N", help="images for --teachers; default %(default)s")
-    add_option("--min-cosine", type=float, default=0.98, metavar="C", help="for --teachers; default %(default)s")
+    add_option(
+        "--embed",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images for --teachers; default %(default)s",
+    )
+    add_option(
+        "--min-cosine",
+        type=float,
+        default=0.98,
+        metavar="C",
+        help="for --teachers; default %(default)s",
+    )
     add_option("--report", type=Path, metavar="FILE", help="write what was found as JSON")
     args = parser.parse_args(arguments)
     if args.part is not None and not 0 < args.part <= 1:
@@ -497,7 +615,9 @@ def parse_arguments(arguments):
     if args.teacher_dimension and min(args.teacher_dimension) < 1:
         parser.error("--teacher-dimension: each at least 1")
     if args.teachers and len(args.teachers) % 2:
-        parser.error("--teachers: a model and its weights for each teacher, or nothing for the config's")
+        parser.error(
+            "--teachers: a model and its weights for each teacher, or nothing for the config's"
+        )
     if args.report and not args.report.parent.is_dir():
         parser.error(f"--report {args.report}: there is no such folder")
     return args
@@ -512,13 +632,17 @@ def main(arguments=None):
         from reinforce import unnormalized
 
         if "random_resized_crop" not in stored_compose.transforms:
-            raise SystemExit(f"--config {args.config}: --teachers needs a random_resized_crop, of the teachers' size")
+            raise SystemExit(
+                f"--config {args.config}: --teachers needs a random_resized_crop, of the teachers' size"
+            )
         compose = unnormalized(config)
         named = list(zip(args.teachers[::2], args.teachers[1::2], strict=True))
         teachers = load_teachers(config, args.config, named, compose)
         dimensions = [dimension for *_, dimension in teachers]
         if args.teacher_dimension not in (None, dimensions):
-            raise SystemExit(f"--teacher-dimension {args.teacher_dimension}, but the teachers' are {dimensions}")
+            raise SystemExit(
+                f"--teacher-dimension {args.teacher_dimension}, but the teachers' are {dimensions}"
+            )
     else:
         dimensions = args.teacher_dimension or teacher_dimensions(config, args.config)
 
@@ -531,16 +655,25 @@ def main(arguments=None):
         number=args.samples,
         keep=args.embed if teachers else 0,
     )
-    results = list(tqdm(run_all(verify, shards, args.workers), desc="verify", total=len(shards), unit=" shards"))
+    results = list(
+        tqdm(
+            run_all(verify, shards, args.workers), desc="verify", total=len(shards), unit=" shards"
+        )
+    )
     report = put_together(results)
     good = ((sample.rank, found["shard"], sample) for found in results for sample in found["good"])
     chosen = [(shard, sample) for _, shard, sample in heapq.nsmallest(args.embed, good)]
-    report["teachers"] = embed_again(chosen, teachers, compose, args.min_cosine) if teachers and chosen else []
+    report["teachers"] = (
+        embed_again(chosen, teachers, compose, args.min_cosine) if teachers and chosen else []
+    )
     wrong = verdict(report, args.max_bad, args.min_cosine, bool(teachers))
     print(table(report))
     if args.report:
         fields = ("augmentations", "synthetic_captions", "width", "precision", "samples")
-        layouts = [dict(zip(fields, (*layout, number), strict=True)) for layout, number in report["layouts"].items()]
+        layouts = [
+            dict(zip(fields, (*layout, number), strict=True))
+            for layout, number in report["layouts"].items()
+        ]
         found = {**report, "layouts": layouts, "usable": not wrong, "wrong": wrong}
         publish_json(args.report, {"arguments": vars(args), **found})
     if wrong:
@@ -556,6 +689,12 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         raise SystemExit("interrupted; nothing was changed, run it again") from None
     except BrokenProcessPool:
-        raise SystemExit("a worker was killed, short of memory perhaps; run it again, with fewer --workers") from None
-    except (OSError, ShardError, BadSample) as error:  # the latter two: a shard was changed meanwhile
+        raise SystemExit(
+            "a worker was killed, short of memory perhaps; run it again, with fewer --workers"
+        ) from None
+    except (
+        OSError,
+        ShardError,
+        BadSample,
+    ) as error:  # the latter two: a shard was changed meanwhile
         raise SystemExit(str(error)) from None

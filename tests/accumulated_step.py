@@ -37,9 +37,26 @@ def gradients(model_config, options, captions, parts):
         "4",
     ]
     args = parse_args(
-        [*config, "--distill-logit-scale", "20", "--precision", "fp32", "--accum-freq", str(parts), *options]
+        [
+            *config,
+            "--distill-logit-scale",
+            "20",
+            "--precision",
+            "fp32",
+            "--accum-freq",
+            str(parts),
+            *options,
+        ]
     )
-    vars(args).update(device="cpu", rank=0, world_size=1, distill=False, wandb=False, local_rank=0, skip_scheduler=True)
+    vars(args).update(
+        device="cpu",
+        rank=0,
+        world_size=1,
+        distill=False,
+        wandb=False,
+        local_rank=0,
+        skip_scheduler=True,
+    )
     model = open_clip.create_model(register_model(model_config), output_dict=True)
     whole = (
         torch.randn(BATCH, 3, 32, 32),
@@ -48,7 +65,9 @@ def gradients(model_config, options, captions, parts):
         torch.randn(BATCH, captions, WIDTH),
     )
     statistics = torch.tensor([[0.0] * 3, [1.0] * 3])  # what images are normalised with
-    loader = Loader(zip(*(tensor.chunk(parts) for tensor in whole), [statistics] * parts, strict=True))
+    loader = Loader(
+        zip(*(tensor.chunk(parts) for tensor in whole), [statistics] * parts, strict=True)
+    )
     data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     train_one_epoch(model, data, create_loss(args), 0, optimizer, None, None, None, args)
@@ -61,7 +80,9 @@ for captions in (1, 2):
         options = ["--distill-loss-weights", *weights, "--distill-average-after-softmax"]
         one, several = (gradients(sys.argv[1], options, captions, parts) for parts in (1, PARTS))
         for name, expected in one.items():
-            difference = float((several[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+            difference = float(
+                (several[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+            )
             worst = max(worst, difference)
             scale = max(scale, difference) if name == "logit_scale" else scale
 print(json.dumps({"worst": worst, "logit_scale": scale}))

@@ -25,7 +25,9 @@ def environment(tree=None, *more_paths, **variables):
 
 def run(command, timeout=300, **kwargs):
     """Run a command to its end and return it; output as text."""
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, **kwargs)
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, timeout=timeout, **kwargs
+    )
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,10 @@ def tree(tmp_path_factory):
     """A patched tree, from $OPEN_CLIP_REPO where that is set, else from the wheels."""
     dest = tmp_path_factory.mktemp("tree") / "open_clip"
     source = "git" if os.environ.get("OPEN_CLIP_REPO") else "pypi"
-    done = run(["bash", ROOT / "scripts" / "setup_open_clip.sh", "--source", source, "--dest", dest], env=environment())
+    done = run(
+        ["bash", ROOT / "scripts" / "setup_open_clip.sh", "--source", source, "--dest", dest],
+        env=environment(),
+    )
     assert done.returncode == 0, done.stderr
     return dest
 
@@ -50,7 +55,17 @@ def unpatched_tree(tree, tmp_path_factory):
 def old_webdataset(tmp_path_factory):
     """A folder with webdataset 0.2.86, the last that the unpatched trainer works with."""
     folder = tmp_path_factory.mktemp("webdataset")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, "webdataset==0.2.86"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        folder,
+        "webdataset==0.2.86",
+    ]
     done = run(command)
     assert done.returncode == 0, done.stderr
     return folder

@@ -37,7 +37,13 @@ class Layout(NamedTuple):
     epochs: int
 
     def passes(self):
-        return self.epochs * -(-self.epoch // (self.batch * self.ranks)) * self.batch * self.ranks / sum(self.sizes)
+        return (
+            self.epochs
+            * -(-self.epoch // (self.batch * self.ranks))
+            * self.batch
+            * self.ranks
+            / sum(self.sizes)
+        )
 
 
 LAYOUTS = [
@@ -62,14 +68,21 @@ def write_shards(folder, sizes):
     """Shards of numbered samples with AUGMENTATIONS augmentations and 3 synthetic captions; returns their pattern."""
     number = itertools.count()
     for shard, size in enumerate(sizes):
-        samples = [(uid(seed), reinforced_sample(seed, AUGMENTATIONS, 3)) for seed in itertools.islice(number, size)]
+        samples = [
+            (uid(seed), reinforced_sample(seed, AUGMENTATIONS, 3))
+            for seed in itertools.islice(number, size)
+        ]
         write_shard(folder / f"{shard:08d}.tar", samples)
     return f"{folder}/{{00000000..{len(sizes) - 1:08d}}}.tar"
 
 
 def write_config(folder):
     path = Path(folder) / "config.json"
-    path.write_text(json.dumps({"num_samples": AUGMENTATIONS, "reinforce": {"image_augmentation": AUGMENTATION}}))
+    path.write_text(
+        json.dumps(
+            {"num_samples": AUGMENTATIONS, "reinforce": {"image_augmentation": AUGMENTATION}}
+        )
+    )
     return path
 
 
@@ -132,7 +145,8 @@ def seen(batches):
         for sample, augmentation in zip(entry["samples"], entry["augmentations"], strict=True):
             if sample not in pass_of:
                 turns = [
-                    turn_of(SEED, pass_, uid(sample), "augmentation", AUGMENTATIONS) for pass_ in range(AUGMENTATIONS)
+                    turn_of(SEED, pass_, uid(sample), "augmentation", AUGMENTATIONS)
+                    for pass_ in range(AUGMENTATIONS)
                 ]
                 pass_of[sample] = {turn: pass_ for pass_, turn in enumerate(turns)}
             count[pass_of[sample][augmentation], sample] += 1
@@ -145,7 +159,9 @@ def taken(sampling):
     order = lru_cache(None)(lambda pass_: Order(sampling["seed"], pass_, sampling["sizes"]))
     found = []
     for stream, cursor in enumerate(sampling["cursors"]):
-        for pass_, position, after in positions(sampling["seed"], total, [], streams, stream, (0, 0)):
+        for pass_, position, after in positions(
+            sampling["seed"], total, [], streams, stream, (0, 0)
+        ):
             if after > tuple(cursor):
                 break
             found.append((pass_, *order(pass_).locate(position)))
@@ -172,14 +188,25 @@ def main():
         for number, layout in enumerate(LAYOUTS):
             row = coverage(layout, work / f"run{number}")
             sizes = f"{len(layout.sizes)} of {min(layout.sizes)} to {max(layout.sizes)}"
-            cells = (sizes, *layout[1:4], f"{layout.epochs} x {layout.epoch}", f"{layout.passes():.2f}", *row)
+            cells = (
+                sizes,
+                *layout[1:4],
+                f"{layout.epochs} x {layout.epoch}",
+                f"{layout.passes():.2f}",
+                *row,
+            )
             print(f"| {' | '.join(map(str, cells))} |")
     finally:
         shutil.rmtree(work)
 
 
 def one_run(layout, shards, config, folder, **changes):
-    given = {"workers": layout.workers, "batch_size": layout.batch, "train_num_samples": layout.epoch, **changes}
+    given = {
+        "workers": layout.workers,
+        "batch_size": layout.batch,
+        "train_num_samples": layout.epoch,
+        **changes,
+    }
     return {
         "record": folder / "record",
         "options": options(shards, config, folder, epochs=layout.epochs, **given),
@@ -190,7 +217,9 @@ def coverage(layout, folder):
     """(samples of complete passes seen once, twice or more, never; samples of the others seen once, twice or more)."""
     import torch
 
-    last = torch.load(folder / "run" / "checkpoints" / f"epoch_{layout.epochs}.pt", weights_only=True)
+    last = torch.load(
+        folder / "run" / "checkpoints" / f"epoch_{layout.epochs}.pt", weights_only=True
+    )
     passes = Counter(pass_ for pass_, *_ in taken(last["dr"]["sampling"]))
     total = sum(layout.sizes)
     done = [pass_ for pass_, count in passes.items() if count == total]

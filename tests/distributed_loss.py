@@ -16,7 +16,9 @@ LOCAL, WIDTH, DIMS = 4, 10, [6, 5]
 
 
 def unit(*shape, seed):
-    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    return torch.nn.functional.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1
+    )
 
 
 def losses(weight, scale, rows, loss, inputs, teachers, synthetic):
@@ -30,9 +32,13 @@ def losses(weight, scale, rows, loss, inputs, teachers, synthetic):
 def run(rank, world_size):
     size = LOCAL * world_size
     inputs = [unit(size, 12, seed=i) for i in range(3)]
-    teachers = [torch.cat([unit(size, d, seed=10 + 5 * i + d) for d in DIMS], dim=1) for i in range(3)]
+    teachers = [
+        torch.cat([unit(size, d, seed=10 + 5 * i + d) for d in DIMS], dim=1) for i in range(3)
+    ]
     start = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(99))
-    options = itertools.product((False, True), (False, True), (False, True), ([0.0, 1.0], [0.25, 0.75], [1.0, 0.0]))
+    options = itertools.product(
+        (False, True), (False, True), (False, True), ([0.0, 1.0], [0.25, 0.75], [1.0, 0.0])
+    )
     for local_loss, with_grad, synthetic, weights in options:
         settings = {
             "teacher_dimension": DIMS,
@@ -54,11 +60,15 @@ def run(rank, world_size):
         names = ("losses", "gradient", "scale gradient")
         for name, expected, actual in zip(names, *results, strict=True):
             if world_size > 1 and not with_grad and name == "gradient":
-                expected = own_features_gradient(start, world_size, local_loss, inputs, teachers, settings, synthetic)
+                expected = own_features_gradient(
+                    start, world_size, local_loss, inputs, teachers, settings, synthetic
+                )
                 if weights == [1.0, 0.0] and not synthetic:
                     theirs = open_clip_gradient(start, rank, world_size, local_loss, inputs)
                     torch.testing.assert_close(theirs, expected, rtol=2e-5, atol=1e-7)
-            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()) + 1e-12)
+            torch.testing.assert_close(
+                actual, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()) + 1e-12
+            )
     print("all settings agree")
 
 
@@ -69,7 +79,9 @@ def own_features_gradient(start, world_size, local_loss, inputs, teachers, setti
     for rank in range(world_size):
         own = slice(rank * LOCAL, (rank + 1) * LOCAL)
         features = [torch.nn.functional.normalize(x @ weight, dim=-1) for x in inputs]
-        columns = [torch.cat([f.detach()[: own.start], f[own], f.detach()[own.stop :]]) for f in features]
+        columns = [
+            torch.cat([f.detach()[: own.start], f[own], f.detach()[own.stop :]]) for f in features
+        ]
         rows, at = columns, slice(None)
         if local_loss:
             rows, columns, at = [f[own] for f in features], [f.detach() for f in features], own
@@ -77,10 +89,16 @@ def own_features_gradient(start, world_size, local_loss, inputs, teachers, setti
         for text in (1, 2) if synthetic else (1,):
             for a, b in ((0, text), (text, 0)):
                 log_p = (14.0 * rows[a] @ columns[b].T).log_softmax(dim=1)
-                blocks = zip(teachers[a][at].split(DIMS, dim=1), teachers[b].split(DIMS, dim=1), strict=True)
+                blocks = zip(
+                    teachers[a][at].split(DIMS, dim=1), teachers[b].split(DIMS, dim=1), strict=True
+                )
                 logits = [settings["dist_logit_scale"] * x @ y.T for x, y in blocks]
                 after = settings["average_after_softmax"]
-                target = sum(x.softmax(1) for x in logits) / len(DIMS) if after else sum(logits).softmax(1)
+                target = (
+                    sum(x.softmax(1) for x in logits) / len(DIMS)
+                    if after
+                    else sum(logits).softmax(1)
+                )
                 total = total - contrastive * log_p[range(len(labels)), labels].mean() / 2
                 total = total - distill * (target * log_p).sum(1).mean() / 2
     (total / world_size).backward()

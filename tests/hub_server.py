@@ -73,9 +73,15 @@ class Hub:
     def gets(self, name=""):
         """The GETs of a file, answered by bytes of it."""
         files = (
-            r for r in self.requests if r.method == "GET" and ("/resolve/" in r.path or r.path.startswith("/cdn/"))
+            r
+            for r in self.requests
+            if r.method == "GET" and ("/resolve/" in r.path or r.path.startswith("/cdn/"))
         )
-        return [request for request in files if request.status in (200, 206) and request.path.endswith(name)]
+        return [
+            request
+            for request in files
+            if request.status in (200, 206) and request.path.endswith(name)
+        ]
 
     def sent(self, name=""):
         return sum(request.sent for request in self.gets(name))
@@ -84,7 +90,10 @@ class Hub:
 def commit_of(folder):
     """Forty hex digits that change with what the folder holds."""
     paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-    held = [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    held = [
+        (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in paths
+    ]
     return hashlib.sha1(repr(held).encode()).hexdigest()
 
 
@@ -99,8 +108,16 @@ def entry_of(folder, path):
     """What the Hub lists of a file or folder."""
     name = path.relative_to(folder).as_posix()
     if path.is_dir():
-        return {"type": "directory", "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0, "path": name}
-    size, (blob, sha256) = path.stat().st_size, hashes(path, path.stat().st_size, path.stat().st_mtime_ns)
+        return {
+            "type": "directory",
+            "oid": hashlib.sha1(name.encode()).hexdigest(),
+            "size": 0,
+            "path": name,
+        }
+    size, (blob, sha256) = (
+        path.stat().st_size,
+        hashes(path, path.stat().st_size, path.stat().st_mtime_ns),
+    )
     about = {"type": "file", "oid": blob, "size": size, "path": name}
     if not name.endswith(TEXT):
         about["lfs"] = {"oid": sha256, "size": size, "pointerSize": 134}
@@ -125,14 +142,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self):
         url = urlsplit(self.path)
-        path, headers = unquote(url.path), {name.lower(): value for name, value in self.headers.items()}
+        path, headers = (
+            unquote(url.path),
+            {name.lower(): value for name, value in self.headers.items()},
+        )
         self.request_seen = Request(self.command, path, headers.get("range"), headers)
         self.hub.requests.append(self.request_seen)
         body = self.rfile.read(int(headers.get("content-length", 0)))
         route = ROUTE.fullmatch(url.path)
         if not route:
             return self.refuse(404, "NotFound", "Not Found")
-        found = {name: unquote(value) for name, value in route.groupdict().items() if value is not None}
+        found = {
+            name: unquote(value) for name, value in route.groupdict().items() if value is not None
+        }
         repo = found.get("repo") or found.get("repo2") or found["repo3"]
         name = found.get("path") or found.get("path2") or found.get("path3") or ""
         if self.hub.token is not None and "path3" not in found:
@@ -160,8 +182,16 @@ class Handler(BaseHTTPRequestHandler):
                 return self.refuse(404, "EntryNotFound", "Entry not found")
             paths = sorted((folder / name).rglob("*") if recursive else (folder / name).iterdir())
         else:
-            asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])
-            paths = [folder / path for path in asked if (folder / path).exists() and ".." not in path.split("/")]
+            asked = (
+                json.loads(body)["paths"]
+                if body[:1] == b"{"
+                else parse_qs(body.decode()).get("paths", [])
+            )
+            paths = [
+                folder / path
+                for path in asked
+                if (folder / path).exists() and ".." not in path.split("/")
+            ]
         return self.answer([entry_of(folder, path) for path in paths])
 
     do_GET = do_HEAD = do_POST = handle_any
@@ -187,7 +217,9 @@ class Handler(BaseHTTPRequestHandler):
                     "rfilename": about["path"],
                     "size": about["size"],
                     "blobId": about["oid"],
-                    "lfs": {**about["lfs"], "sha256": about["lfs"]["oid"]} if "lfs" in about else None,
+                    "lfs": {**about["lfs"], "sha256": about["lfs"]["oid"]}
+                    if "lfs" in about
+                    else None,
                 }
                 for about in entries
             ],
@@ -203,7 +235,11 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag_of(about)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if self.hub.redirect and not redirected and "lfs" in about:
             location = f"http://localhost:{self.server.server_port}/cdn/{repo}/{quote(name)}"
-            linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data)), "Location": location}
+            linked = {
+                "X-Linked-Etag": headers["ETag"],
+                "X-Linked-Size": str(len(data)),
+                "Location": location,
+            }
             return self.begin(302, 0, {**headers, **linked})
         start, stop = 0, len(data)
         if asked := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
@@ -214,7 +250,11 @@ class Handler(BaseHTTPRequestHandler):
             if start >= stop:
                 return self.refuse(416, None, "Range", {"Content-Range": f"bytes */{len(data)}"})
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        self.begin(206 if asked else 200, stop - start, {**headers, "Content-Type": "application/octet-stream"})
+        self.begin(
+            206 if asked else 200,
+            stop - start,
+            {**headers, "Content-Type": "application/octet-stream"},
+        )
         if self.command != "GET":
             return None
         breaks = name in self.hub.break_once

@@ -55,7 +55,12 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.pages, self.hits, self.lock, self.released = {}, Counter(), threading.Lock(), threading.Event()
+        self.pages, self.hits, self.lock, self.released = (
+            {},
+            Counter(),
+            threading.Lock(),
+            threading.Event(),
+        )
 
     def url(self, path):
         return f"http://127.0.0.1:{self.server_port}{path}"

@@ -23,7 +23,9 @@ options = [
 
 
 def digest(tensors):
-    return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
+    ).hexdigest()[:16]
 
 
 class Losses(logging.Handler):

@@ -62,9 +62,16 @@ def record(run):
         augmentations = None
         if teacher:
             rows = teacher["dist_image_features"][:, 0].tolist()
-            augmentations = [round((row - sample) * 64) for row, sample in zip(rows, samples, strict=True)]
+            augmentations = [
+                round((row - sample) * 64) for row, sample in zip(rows, samples, strict=True)
+            ]
         captions = texts[-len(images) :, 0].tolist()
-        write(samples=samples, captions=captions, augmentations=augmentations, images=images.double().sum().item())
+        write(
+            samples=samples,
+            captions=captions,
+            augmentations=augmentations,
+            images=images.double().sum().item(),
+        )
         return images, texts, teacher
 
     def backward(loss, scaler):
@@ -81,12 +88,19 @@ def record(run):
     def fsync(descriptor):
         nonlocal saved
         saved += 1
-        if what == "kill saving" and where == rank and saved == 2 * number - 1:  # the folder is synchronised too
+        if (
+            what == "kill saving" and where == rank and saved == 2 * number - 1
+        ):  # the folder is synchronised too
             os.truncate(descriptor, 1000)
             os.kill(os.getpid(), signal.SIGKILL)
         original["fsync"](descriptor)
 
-    train.unpack_batch, train.backward, main.train_one_epoch, os.fsync = unpack_batch, backward, train_one_epoch, fsync
+    train.unpack_batch, train.backward, main.train_one_epoch, os.fsync = (
+        unpack_batch,
+        backward,
+        train_one_epoch,
+        fsync,
+    )
 
 
 original = {

@@ -44,7 +44,10 @@ AUGMENTATION = {
     "random_resized_crop": {"size": 32, "interpolation": "bicubic"},
     "rand_augment": {"enable": True, "p": 1.0},
     "to_tensor": {"enable": True},
-    "normalize": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
+    "normalize": {
+        "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711],
+    },
 }
 
 
@@ -79,8 +82,12 @@ def reinforced_sample(seed, augmentations=4, captions=3, width=12, bf16=False, a
         "jpg": encode(img),
         "txt": f"caption 0 of {seed}".encode(),
         "url.txt": b"https://example.org/",
-        "syn.json": json.dumps({"syn_text": [f"caption {1 + t} of {seed}" for t in range(captions)]}).encode(),
-        "paug.json": json.dumps({"param_aug": json.dumps(params) if as_string else params}).encode(),
+        "syn.json": json.dumps(
+            {"syn_text": [f"caption {1 + t} of {seed}" for t in range(captions)]}
+        ).encode(),
+        "paug.json": json.dumps(
+            {"param_aug": json.dumps(params) if as_string else params}
+        ).encode(),
         "json": json.dumps({"uid": uid(seed)}).encode(),
     }
     members["pth.gz" if bf16 else "npz"] = stored_embeddings(image_emb, text_emb, bf16)
@@ -123,6 +130,7 @@ def write_reinforced_shards(folder, shards=2, samples=20, **kwargs):
     for shard in range(shards):
         seeds = range(shard * samples, (shard + 1) * samples)
         write_shard(
-            Path(folder) / f"{shard:08d}.tar", [(uid(seed), reinforced_sample(seed, **kwargs)) for seed in seeds]
+            Path(folder) / f"{shard:08d}.tar",
+            [(uid(seed), reinforced_sample(seed, **kwargs)) for seed in seeds],
         )
     return f"{folder}/{{00000000..{shards - 1:08d}}}.tar"

@@ -13,18 +13,24 @@ TINY = ROOT / "tests" / "data" / "tiny_vit.json"
 
 def table(*arguments):
     command = [sys.executable, ROOT / "scripts" / "benchmark.py", *arguments, "--runs", "1"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"torch \d.*\nseed 0; median of 1", done.stdout)
     return [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line[:1] == "|"
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if line[:1] == "|"
     ]
 
 
 def test_loader_recipe_and_plain_way_side_by_side_in_both_formats():
     rows = table("loader", "--samples", "4", "--batches", "1", "--shuffle", "64", "--profile")
     variants = [row[:2] for row in rows if len(row) > 2]
-    expected = [[kind, way] for kind in ("fp32 npz", "bf16 pth.gz") for way in ("plain", "recipe", "floor")]
+    expected = [
+        [kind, way] for kind in ("fp32 npz", "bf16 pth.gz") for way in ("plain", "recipe", "floor")
+    ]
     assert [row for row in variants if row in expected] == expected
     sent = {row[1]: float(row[7]) for row in rows if row[0] == "fp32 npz" and len(row) > 7}
     assert sent["recipe"] < 0.3 * sent["plain"]  # bytes, not seconds
@@ -35,7 +41,10 @@ def test_loss_and_formula_agree_in_the_table():
     rows = table("loss", "--size", "8x32")
     assert [row[2] for row in rows[2:]] == ["formula", "recipe", "matrix products"] * 2
     for formula, recipe in (rows[2:4], rows[5:7]):
-        assert float(recipe[7]) == pytest.approx(float(formula[7]), rel=1e-5) and float(recipe[8]) < 1e-4
+        assert (
+            float(recipe[7]) == pytest.approx(float(formula[7]), rel=1e-5)
+            and float(recipe[8]) < 1e-4
+        )
 
 
 def test_step_reinforced_and_plain_side_by_side():

@@ -26,7 +26,11 @@ def uid_of(number):
 
 
 def reinforcement(uid):
-    return uid, {"syn.json": b'{"syn_text": ["a"]}', "paug.json": b'{"param_aug": []}', "npz": b"embeddings"}
+    return uid, {
+        "syn.json": b'{"syn_text": ["a"]}',
+        "paug.json": b'{"param_aug": []}',
+        "npz": b"embeddings",
+    }
 
 
 def write_metadata(path, rows, types="VARCHAR, VARCHAR", columns=("uid", "text")):
@@ -34,10 +38,13 @@ def write_metadata(path, rows, types="VARCHAR, VARCHAR", columns=("uid", "text")
     path.parent.mkdir(parents=True, exist_ok=True)
     kinds = types.split(", ")
     with duckdb.connect() as database:
-        database.execute(f"CREATE TABLE t (url VARCHAR, {columns[0]} {kinds[0]}, width INT, {columns[1]} {kinds[1]})")
+        database.execute(
+            f"CREATE TABLE t (url VARCHAR, {columns[0]} {kinds[0]}, width INT, {columns[1]} {kinds[1]})"
+        )
         if rows:
             database.executemany(
-                "INSERT INTO t VALUES ('https://example.org/', $1, 3, $2)", [list(row) for row in rows]
+                "INSERT INTO t VALUES ('https://example.org/', $1, 3, $2)",
+                [list(row) for row in rows],
             )
         database.execute(f"COPY t TO '{path}' (FORMAT parquet)")
     return path
@@ -45,7 +52,9 @@ def write_metadata(path, rows, types="VARCHAR, VARCHAR", columns=("uid", "text")
 
 class Folders:
     def __init__(self, folder):
-        self.metadata, self.shards, self.output = (folder / name for name in ("metadata", "dr", "captions"))
+        self.metadata, self.shards, self.output = (
+            folder / name for name in ("metadata", "dr", "captions")
+        )
 
     def write(self, shards):
         """Reinforcement shards: ``{name: [uid, …]}``."""
@@ -62,7 +71,9 @@ class Folders:
 
     def arguments(self, *more):
         sources = ("--metadata", self.metadata, "--shards-of", self.shards, "--output", self.output)
-        return [str(argument) for argument in (*sources, "--memory", "200MB", "--threads", 1, *more)]
+        return [
+            str(argument) for argument in (*sources, "--memory", "200MB", "--threads", 1, *more)
+        ]
 
     def run(self, *more):
         """In this process; the report."""
@@ -76,7 +87,11 @@ class Folders:
         """In a process; it must end with one line that has ``expected`` and no traceback."""
         done = subprocess.run(self.command(*more), capture_output=True, text=True, timeout=120)
         assert done.returncode == 1, done.stderr
-        lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "|" not in line]
+        lines = [
+            line
+            for line in done.stderr.replace("\r", "\n").splitlines()
+            if line.strip() and "|" not in line
+        ]
         assert len(lines) == 1 and expected in lines[0], done.stderr
         return lines[0]
 
@@ -96,12 +111,17 @@ def folders(tmp_path):
 
 
 def bytes_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.tar"))}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*.tar"))
+    }
 
 
 def leftovers(folder):
     return [
-        path.name for path in folder.rglob("*") if path.suffix == ".partial" or path.name.startswith(("part", "sp"))
+        path.name
+        for path in folder.rglob("*")
+        if path.suffix == ".partial" or path.name.startswith(("part", "sp"))
     ]
 
 
@@ -113,7 +133,9 @@ def test_captions_stand_in_shards_of_the_same_names_in_the_order_of_the_reinforc
     report = folders.run()
     for shard, name in enumerate(NAMES):
         numbers = range(shard * 30, shard * 30 + 30)
-        assert folders.captions(name) == [(uid_of(number), f"caption {number}") for number in numbers]
+        assert folders.captions(name) == [
+            (uid_of(number), f"caption {number}") for number in numbers
+        ]
     assert report["samples"] == 90 and report["counts"] == {} and report["shards"] == {"written": 3}
     assert report["metadata_rows"] == 120 and leftovers(folders.output) == []
 
@@ -126,7 +148,9 @@ def test_join_takes_them_as_its_captions(folders, tmp_path):
         samples = []
         for key in range(3):
             about = {"uid": uid_of(number), "status": "success"}
-            samples.append((f"{key:09d}", {"jpg": encode(picture(number)), "json": json.dumps(about).encode()}))
+            samples.append(
+                (f"{key:09d}", {"jpg": encode(picture(number)), "json": json.dumps(about).encode()})
+            )
             number += 1
         write_shard(tmp_path / "images" / name, samples)
     environment = {
@@ -145,40 +169,65 @@ def test_join_takes_them_as_its_captions(folders, tmp_path):
     joined = dict(read_shard(tmp_path / "joined" / "01" / "00000000.tar"))
     for number in range(6, 9):
         assert joined[f"{uid_of(number)}.txt"] == f"caption {number}".encode()
-        assert joined[f"{uid_of(number)}.jpg"] == encode(picture(number)) and f"{uid_of(number)}.npz" in joined
+        assert (
+            joined[f"{uid_of(number)}.jpg"] == encode(picture(number))
+            and f"{uid_of(number)}.npz" in joined
+        )
 
 
 def test_what_has_no_caption_is_left_out_and_counted(folders):
     folders.write({"0.tar": [uid_of(number) for number in range(6)]})
     texts = ["zero", None, "", " \n\u3000", "four"]
-    write_metadata(folders.metadata / "a.parquet", [(uid_of(n), text) for n, text in enumerate(texts)])
+    write_metadata(
+        folders.metadata / "a.parquet", [(uid_of(n), text) for n, text in enumerate(texts)]
+    )
     report = folders.run()
     assert folders.captions("0.tar") == [(uid_of(0), "zero"), (uid_of(4), "four")]
     assert report["counts"] == {"without: not in the metadata": 1, "without: an empty caption": 3}
 
 
 @pytest.mark.parametrize("first", ["a", "b"])
-def test_of_several_rows_of_a_uid_the_first_caption_in_byte_order_is_taken_wherever_it_stands(folders, first):
+def test_of_several_rows_of_a_uid_the_first_caption_in_byte_order_is_taken_wherever_it_stands(
+    folders, first
+):
     folders.write({"0.tar": [uid_of(0), uid_of(1)]})
     second = "b" if first == "a" else "a"
-    write_metadata(folders.metadata / f"{first}.parquet", [(uid_of(0), "m"), (uid_of(0), None), (uid_of(1), "é")])
-    write_metadata(folders.metadata / f"{second}.parquet", [(uid_of(0), "B"), (uid_of(0), " "), (uid_of(1), "z")])
+    write_metadata(
+        folders.metadata / f"{first}.parquet",
+        [(uid_of(0), "m"), (uid_of(0), None), (uid_of(1), "é")],
+    )
+    write_metadata(
+        folders.metadata / f"{second}.parquet",
+        [(uid_of(0), "B"), (uid_of(0), " "), (uid_of(1), "z")],
+    )
     report = folders.run()
     assert folders.captions("0.tar") == [(uid_of(0), "B"), (uid_of(1), "z")]
     assert report["counts"] == {"duplicates in the metadata": 4}
 
 
 def test_uids_match_in_either_case_and_are_spelled_as_in_the_reinforcements(folders):
-    ours = [uid_of(1).upper(), uid_of(2), uid_of(3), "000000017", "Kitten", "kitten", "it's-no-hex-at-all"]
+    ours = [
+        uid_of(1).upper(),
+        uid_of(2),
+        uid_of(3),
+        "000000017",
+        "Kitten",
+        "kitten",
+        "it's-no-hex-at-all",
+    ]
     theirs = [uid_of(1), uid_of(2).upper(), f"{uid_of(3)[:8]}-{uid_of(3)[8:]}", *ours[3:]]
     folders.write({"0.tar": ours})
-    write_metadata(folders.metadata / "a.parquet", [(uid, f"of {number}") for number, uid in enumerate(theirs)])
+    write_metadata(
+        folders.metadata / "a.parquet", [(uid, f"of {number}") for number, uid in enumerate(theirs)]
+    )
     assert folders.run()["counts"] == {}
     assert folders.captions("0.tar") == [(uid, f"of {number}") for number, uid in enumerate(ours)]
 
 
 def test_uids_are_those_that_the_join_reads_from_the_json(folders):
-    samples = [("000000001", {**reinforcement("")[1], "json": json.dumps({"uid": uid_of(7)}).encode()})]
+    samples = [
+        ("000000001", {**reinforcement("")[1], "json": json.dumps({"uid": uid_of(7)}).encode()})
+    ]
     write_shard(folders.shards / "0.tar", samples)
     write_metadata(folders.metadata / "a.parquet", [(uid_of(7), "seven"), ("000000001", "one")])
     folders.run()
@@ -196,9 +245,13 @@ def test_captions_come_as_they_are_unless_too_long_or_not_utf8(folders):
         "bad##",
     ]
     folders.write({"0.tar": [uid_of(number) for number in range(len(texts))]})
-    path = write_metadata(folders.metadata / "a.parquet", [(uid_of(n), text) for n, text in enumerate(texts)])
+    path = write_metadata(
+        folders.metadata / "a.parquet", [(uid_of(n), text) for n, text in enumerate(texts)]
+    )
     with duckdb.connect() as database:
-        database.execute(f"COPY (FROM '{path}') TO '{path}' (FORMAT parquet, COMPRESSION uncompressed)")
+        database.execute(
+            f"COPY (FROM '{path}') TO '{path}' (FORMAT parquet, COMPRESSION uncompressed)"
+        )
     assert b"bad##" in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(b"bad##", b"bad\xff\xfe"))
     report = folders.run()
@@ -218,7 +271,9 @@ def test_same_bytes_whatever_the_memory_the_parts_and_the_threads(folders, tmp_p
     folders.write_three()
     folders.run()
     expected = bytes_of(folders.output)
-    for number, options in enumerate((["--part", 30, "--threads", 2], ["--part", 1], ["--memory", "1GB"])):
+    for number, options in enumerate(
+        (["--part", 30, "--threads", 2], ["--part", 1], ["--memory", "1GB"])
+    ):
         folders.output = tmp_path / f"again{number}"
         folders.run(*options)
         assert bytes_of(folders.output) == expected
@@ -226,7 +281,12 @@ def test_same_bytes_whatever_the_memory_the_parts_and_the_threads(folders, tmp_p
 
 def test_patterns_and_names_choose_files_and_shards(folders):
     folders.write_three()
-    folders.run("--metadata", folders.metadata / "**" / "*.parquet", "--shards", "00/{00000001..00000001}.tar")
+    folders.run(
+        "--metadata",
+        folders.metadata / "**" / "*.parquet",
+        "--shards",
+        "00/{00000001..00000001}.tar",
+    )
     assert list(bytes_of(folders.output)) == ["00/00000001.tar"]
     folders.run("--shards-of", f"{folders.shards}/{{01/00000000,00/00000000}}.tar")
     assert list(bytes_of(folders.output)) == list(NAMES)
@@ -263,7 +323,9 @@ def test_join_of_more_than_the_memory_spills_and_stays_within_it(folders):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["spilled_bytes"] > memory / 2
-    assert told["peak_bytes"] < 2 * memory, "the memory, and what Python and DuckDB's code take beside it"
+    assert told["peak_bytes"] < 2 * memory, (
+        "the memory, and what Python and DuckDB's code take beside it"
+    )
     with duckdb.connect() as database:
         number = f"(place % {2**32}) * {shards} + (place >> 32)"
         right = f"text = {caption.replace('i * 8', f'({number}) * 8')} AND NOT cut"
@@ -275,12 +337,16 @@ def test_join_of_more_than_the_memory_spills_and_stays_within_it(folders):
 
 def test_more_shards_than_files_may_be_open(folders):
     folders.write({f"{number}.tar": [uid_of(number)] for number in range(100)})
-    write_metadata(folders.metadata / "a.parquet", [(uid_of(number), "text") for number in range(100)])
+    write_metadata(
+        folders.metadata / "a.parquet", [(uid_of(number), "text") for number in range(100)]
+    )
 
     def limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
 
-    done = subprocess.run(folders.command(), preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        folders.command(), preexec_fn=limit, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert folders.report()["samples"] == 100
 
@@ -293,7 +359,11 @@ def test_finished_shards_are_skipped_and_those_of_other_sources_made_again(folde
     folders.run()
     before = {path: path.stat().st_mtime_ns for path in folders.output.rglob("*.tar")}
     report = folders.run("--part", 7)
-    assert report["shards"] == {"already there": 3} and report["samples"] == 90 and "join" not in report["seconds"]
+    assert (
+        report["shards"] == {"already there": 3}
+        and report["samples"] == 90
+        and "join" not in report["seconds"]
+    )
     assert before == {path: path.stat().st_mtime_ns for path in folders.output.rglob("*.tar")}
 
     folders.write({NAMES[1]: [uid_of(2), uid_of(1)]})  # one shard has changed
@@ -316,14 +386,14 @@ def wait_for(there, process):
 
 def many(folders):
     """Shards enough that a run can be caught at work."""
-    folders.write({f"{shard:03d}.tar": [uid_of(100 * shard + n) for n in range(100)] for shard in range(40)})
+    folders.write(
+        {f"{shard:03d}.tar": [uid_of(100 * shard + n) for n in range(100)] for shard in range(40)}
+    )
     folders.metadata.mkdir()
     with duckdb.connect() as database:
         rows = [(uid_of(number), f"caption {number}") for number in range(4000)]
         values = [[uid for uid, _ in rows], [text for _, text in rows]]
-        query = (
-            f"COPY (SELECT unnest($1) AS uid, unnest($2) AS text) TO '{folders.metadata}/a.parquet' (FORMAT parquet)"
-        )
+        query = f"COPY (SELECT unnest($1) AS uid, unnest($2) AS text) TO '{folders.metadata}/a.parquet' (FORMAT parquet)"
         database.execute(query, values)
 
 
@@ -334,8 +404,12 @@ def test_killed_at_any_stage_and_run_again_gives_the_same_bytes(folders, tmp_pat
     folders.output = tmp_path / "again"
     stages = ("*.uids.parquet", "part-*.parquet", "020.tar.json")
     for pattern in stages:
-        with subprocess.Popen(folders.command("--part", 1500), stderr=subprocess.DEVNULL) as process:
-            wait_for(lambda pattern=pattern: any((folders.output / ".captions").rglob(pattern)), process)
+        with subprocess.Popen(
+            folders.command("--part", 1500), stderr=subprocess.DEVNULL
+        ) as process:
+            wait_for(
+                lambda pattern=pattern: any((folders.output / ".captions").rglob(pattern)), process
+            )
             process.kill()
     done = {path.name: path.stat().st_mtime_ns for path in folders.output.glob("*.tar")}
     assert 20 <= len(done) < 40
@@ -353,7 +427,9 @@ def test_joined_part_is_kept_for_the_next_run(folders):
     assert report["shards"]["written"] < 40 and "join" not in report["seconds"]
 
 
-@pytest.mark.parametrize("sign", [".captions/039.tar.uids.parquet", ".captions/work/part.partial", "001.tar"])
+@pytest.mark.parametrize(
+    "sign", [".captions/039.tar.uids.parquet", ".captions/work/part.partial", "001.tar"]
+)
 def test_interrupted_run_says_what_to_do(folders, sign):
     many(folders)
     with duckdb.connect() as database:  # so that the join takes a moment
@@ -363,7 +439,9 @@ def test_interrupted_run_says_what_to_do(folders, sign):
         wait_for(lambda: (folders.output / sign).exists(), process)
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and errors.strip().endswith("interrupted; run it again to go on"), errors
+    assert process.returncode == 1 and errors.strip().endswith(
+        "interrupted; run it again to go on"
+    ), errors
     assert "Traceback" not in errors
     assert folders.run()["samples"] == 4000 and leftovers(folders.output) == []
 
@@ -373,7 +451,9 @@ def test_one_run_at_a_time_in_a_folder_for_temporary_files(folders, tmp_path):
     (tmp_path / "temp" / "work").mkdir(parents=True)
     with open(tmp_path / "temp" / "work" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        folders.run_failing("--temp", tmp_path / "temp", expected="give this one a --temp of its own")
+        folders.run_failing(
+            "--temp", tmp_path / "temp", expected="give this one a --temp of its own"
+        )
         folders.run("--temp", tmp_path / "other")
     assert folders.report()["samples"] == 90
 
@@ -397,7 +477,9 @@ def test_metadata_damaged_inside_is_one_line_that_names_the_file(folders):
     folders.write_three()
     path = folders.metadata / "a.parquet"
     with duckdb.connect() as database:
-        query = "SELECT md5(i::VARCHAR) AS uid, md5((i + 1)::VARCHAR) AS text FROM range(50000) t(i)"
+        query = (
+            "SELECT md5(i::VARCHAR) AS uid, md5((i + 1)::VARCHAR) AS text FROM range(50000) t(i)"
+        )
         database.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet, COMPRESSION zstd)")
     data = bytearray(path.read_bytes())
     data[len(data) // 4 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 4)
@@ -408,8 +490,16 @@ def test_metadata_damaged_inside_is_one_line_that_names_the_file(folders):
 @pytest.mark.parametrize(
     ("types", "columns", "expected"),
     [
-        ("VARCHAR, VARCHAR", ("uid", "caption"), "has no column text; its columns are url, uid, width, caption"),
-        ("VARCHAR, VARCHAR", ("key", "text"), "has no column uid; its columns are url, key, width, text"),
+        (
+            "VARCHAR, VARCHAR",
+            ("uid", "caption"),
+            "has no column text; its columns are url, uid, width, caption",
+        ),
+        (
+            "VARCHAR, VARCHAR",
+            ("key", "text"),
+            "has no column uid; its columns are url, key, width, text",
+        ),
         ("BIGINT, VARCHAR", ("uid", "text"), "its column uid is BIGINT, expected VARCHAR or UUID"),
         ("VARCHAR, VARCHAR[]", ("uid", "text"), "its column text is VARCHAR[], expected VARCHAR"),
     ],
@@ -445,8 +535,14 @@ def test_full_disk_fails_the_shard_and_leaves_nothing_half(folders):
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    done = subprocess.run(folders.command(), preexec_fn=limit, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "3 of 3 shards failed" in done.stderr and "File too large" in done.stderr
+    done = subprocess.run(
+        folders.command(), preexec_fn=limit, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        done.returncode == 1
+        and "3 of 3 shards failed" in done.stderr
+        and "File too large" in done.stderr
+    )
     assert bytes_of(folders.output) == {}
     assert folders.run()["samples"] == 900 and leftovers(folders.output) == []
 
@@ -490,8 +586,24 @@ def test_without_duckdb_one_line_says_what_to_install(folders, tmp_path, monkeyp
 
 def test_benchmark_prints_the_table_and_leaves_nothing(tmp_path):
     script = ROOT / "scripts" / "benchmark_captions.py"
-    options = ["--rows", 3000, "--samples", 2000, "--folder", tmp_path, "--memory", "200MB", "--threads", 1]
+    options = [
+        "--rows",
+        3000,
+        "--samples",
+        2000,
+        "--folder",
+        tmp_path,
+        "--memory",
+        "200MB",
+        "--threads",
+        1,
+    ]
     command = [sys.executable, script, *options]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].split() == ["captions", "2,000"] and list(tmp_path.iterdir()) == []
+    assert (
+        done.stdout.splitlines()[0].split() == ["captions", "2,000"]
+        and list(tmp_path.iterdir()) == []
+    )

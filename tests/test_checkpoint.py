@@ -18,7 +18,13 @@ def saved(content):
 
 
 def test_training_state_with_numpy_scalars_loads():
-    state = {"epoch": 3, "lr": np.float64(1e-3), "step": np.int64(7), "half": np.float32(0.5), "weight": torch.ones(2)}
+    state = {
+        "epoch": 3,
+        "lr": np.float64(1e-3),
+        "step": np.int64(7),
+        "half": np.float32(0.5),
+        "weight": torch.ones(2),
+    }
     assert checkpoint.load(saved(state))["lr"] == 1e-3
     assert checkpoint.load(saved(state))["step"] == 7
     with pytest.raises(Exception, match="weights_only"):  # the trap: this is what OpenCLIP calls
@@ -28,11 +34,15 @@ def test_training_state_with_numpy_scalars_loads():
 def test_scalars_written_under_the_other_numpy_load_too():
     """NumPy 1 calls the module numpy.core, NumPy 2 numpy._core."""
     ours = np.float64(0).__reduce__()[0].__module__.encode()
-    other = {b"numpy._core.multiarray": b"numpy.core.multiarray", b"numpy.core.multiarray": b"numpy._core.multiarray"}[
-        ours
-    ]
+    other = {
+        b"numpy._core.multiarray": b"numpy.core.multiarray",
+        b"numpy.core.multiarray": b"numpy._core.multiarray",
+    }[ours]
     stream = io.BytesIO()
-    with zipfile.ZipFile(saved({"lr": np.float64(0.25)})) as source, zipfile.ZipFile(stream, "w") as target:
+    with (
+        zipfile.ZipFile(saved({"lr": np.float64(0.25)})) as source,
+        zipfile.ZipFile(stream, "w") as target,
+    ):
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry).replace(ours + b"\n", other + b"\n"))
     stream.seek(0)
@@ -46,11 +56,20 @@ def written(folder, name, **content):
 
 def test_the_latest_checkpoint_is_the_most_advanced_of_all_kinds(tmp_path):
     assert checkpoint.latest(str(tmp_path)) is None
-    order = [("epoch_1.pt", 1), ("epoch_1_step_9.pt", 1), ("epoch_1_step_10.pt", 1), ("epoch_2.pt", 2)]
+    order = [
+        ("epoch_1.pt", 1),
+        ("epoch_1_step_9.pt", 1),
+        ("epoch_1_step_10.pt", 1),
+        ("epoch_2.pt", 2),
+    ]
     for name, epoch in (*order, ("epoch_10.pt", 10), ("epoch_10_step_2.pt", 10)):
         written(tmp_path, name, epoch=epoch)
         assert checkpoint.latest(str(tmp_path)) == str(tmp_path / name)
-    for epoch, expected in ((9, "epoch_10_step_2.pt"), (10, "epoch_10_step_2.pt"), (11, "epoch_latest.pt")):
+    for epoch, expected in (
+        (9, "epoch_10_step_2.pt"),
+        (10, "epoch_10_step_2.pt"),
+        (11, "epoch_latest.pt"),
+    ):
         written(tmp_path, "epoch_latest.pt", epoch=epoch)
         assert checkpoint.latest(str(tmp_path)) == str(tmp_path / expected)
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".pt") == []
@@ -58,7 +77,11 @@ def test_the_latest_checkpoint_is_the_most_advanced_of_all_kinds(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, caplog):
     written(tmp_path, "epoch_1.pt", epoch=1)
-    for name, damage in (("epoch_2.pt", b"gone"), ("epoch_latest.pt", b""), ("epoch_1_step_3.pt", None)):
+    for name, damage in (
+        ("epoch_2.pt", b"gone"),
+        ("epoch_latest.pt", b""),
+        ("epoch_1_step_3.pt", None),
+    ):
         written(tmp_path, name, epoch=2)
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:2000] if damage is None else damage)

@@ -22,16 +22,20 @@ from shards import (
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
+from dr.batch import unpack_batch
 from dr.data import UsableSamples, student_augmentation, training_stages
-from dr.reinforcement import PLAIN_MEMBERS, decode_image
-from dr.step import unpack_batch
+from dr.sample import PLAIN_MEMBERS, decode_image
 from dr.transforms import compose_from_config, split_for_device, to_normalized
 
 
 def preprocess(size=24, interpolation=T.InterpolationMode.BICUBIC, mean=(0.5, 0.4, 0.3)):
     """A training transform as OpenCLIP's image_transform makes it."""
     return T.Compose(
-        [T.RandomResizedCrop(size, interpolation=interpolation), T.ToTensor(), T.Normalize(mean, (0.2, 0.2, 0.2))]
+        [
+            T.RandomResizedCrop(size, interpolation=interpolation),
+            T.ToTensor(),
+            T.Normalize(mean, (0.2, 0.2, 0.2)),
+        ]
     )
 
 
@@ -44,7 +48,9 @@ def pipeline(args, shards, repeat=True, is_train=True):
     shards = wds.SimpleShardList(shards).urls
     stages = training_stages(args, preprocess(), tokenizer, is_train, len(shards))
     source = ({"url": url} for url in (itertools.cycle(shards) if repeat else shards))
-    return wds.DataPipeline(lambda: source, stages.shards, stages.open, stages.read, *stages.prepare)
+    return wds.DataPipeline(
+        lambda: source, stages.shards, stages.open, stages.read, *stages.prepare
+    )
 
 
 def test_a_batch_holds_images_texts_and_the_rows_that_belong_to_them(tmp_path):
@@ -54,7 +60,9 @@ def test_a_batch_holds_images_texts_and_the_rows_that_belong_to_them(tmp_path):
     assert images.shape == (8, 24, 24, 3) and images.dtype == torch.uint8
     assert torch.equal(statistics, torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.2, 0.2]]))
     assert texts.shape == (8, 2, 2) and image_emb.shape == (8, 12) and text_emb.shape == (8, 2, 12)
-    assert torch.equal(texts[:, :, 1], torch.arange(8)[:, None].expand(8, 2))  # the samples, in order
+    assert torch.equal(
+        texts[:, :, 1], torch.arange(8)[:, None].expand(8, 2)
+    )  # the samples, in order
     assert (texts[:, 0, 0] == 0).all() and (texts[:, 1, 0] > 0).all()
     assert torch.equal(text_emb[:, :, 0], -texts[:, :, 1] - texts[:, :, 0] / 64)
     assert torch.equal(image_emb[:, 0].floor(), torch.arange(8.0))
@@ -70,7 +78,9 @@ def test_samples_of_both_precisions_make_float32_batches_without_rounding(tmp_pa
         samples.append((uid(seed), sample))
     write_shard(tmp_path / "0.tar", samples)
     source = pipeline(options(tmp_path), str(tmp_path / "0.tar"))
-    _, _, image_emb, text_emb, _ = next(iter(DataLoader(source, batch_size=None, num_workers=workers)))
+    _, _, image_emb, text_emb, _ = next(
+        iter(DataLoader(source, batch_size=None, num_workers=workers))
+    )
     assert image_emb.dtype == text_emb.dtype == torch.float32
     assert image_emb[:, 0].tolist() == text_emb[:, 1, 0].tolist() == stored * 4
 
@@ -104,7 +114,9 @@ def test_the_image_is_the_stored_augmentation_at_the_students_size_and_normalisa
     for seed, (image, row) in enumerate(zip(images, batch[2][:, 0], strict=True)):
         sample = reinforced_sample(seed)
         params = json.loads(sample["paug.json"])["param_aug"][round(float(row - seed) * 64)]
-        assert torch.equal(image, compose.reapply(decode_image(sample), compose.decompress(params))[0])
+        assert torch.equal(
+            image, compose.reapply(decode_image(sample), compose.decompress(params))[0]
+        )
 
 
 def test_erased_images_are_the_stored_augmentation_too(tmp_path):
@@ -119,7 +131,10 @@ def test_erased_images_are_the_stored_augmentation_too(tmp_path):
 
 def test_one_caption_an_image_when_mixing(tmp_path):
     args = options(
-        tmp_path, dataset_reinforcement_mix_synthetic=True, dataset_reinforcement_mix_synthetic_ratio=0.5, batch_size=40
+        tmp_path,
+        dataset_reinforcement_mix_synthetic=True,
+        dataset_reinforcement_mix_synthetic_ratio=0.5,
+        batch_size=40,
     )
     _, texts, _, text_emb, _ = next(iter(pipeline(args, write_reinforced_shards(tmp_path))))
     assert texts.shape == (40, 1, 2) and text_emb.shape == (40, 1, 12)
@@ -127,10 +142,17 @@ def test_one_caption_an_image_when_mixing(tmp_path):
     assert 8 <= (texts[:, 0, 0] > 0).sum() <= 32
 
 
-@pytest.mark.parametrize("interpolation", [T.InterpolationMode.BICUBIC, T.InterpolationMode.BILINEAR])
+@pytest.mark.parametrize(
+    "interpolation", [T.InterpolationMode.BICUBIC, T.InterpolationMode.BILINEAR]
+)
 def test_size_interpolation_and_normalisation_follow_the_student(interpolation):
-    config = student_augmentation(AUGMENTATION, preprocess(256, interpolation, mean=(0.0, 0.0, 0.0)))
-    assert config["random_resized_crop"] == {"size": [256, 256], "interpolation": interpolation.value}
+    config = student_augmentation(
+        AUGMENTATION, preprocess(256, interpolation, mean=(0.0, 0.0, 0.0))
+    )
+    assert config["random_resized_crop"] == {
+        "size": [256, 256],
+        "interpolation": interpolation.value,
+    }
     assert config["normalize"] == {"mean": [0.0, 0.0, 0.0], "std": [0.2, 0.2, 0.2]}
     config = student_augmentation(AUGMENTATION, preprocess(), "bilinear")
     assert config["random_resized_crop"]["interpolation"] == "bilinear"
@@ -141,13 +163,19 @@ def test_broken_samples_are_skipped_with_key_shard_and_reason(tmp_path, caplog):
     samples = []
     for seed in range(6):
         members = {**reinforced_sample(seed), **broken.get(seed, {})}
-        samples.append((uid(seed), {name: data for name, data in members.items() if data is not None}))
+        samples.append(
+            (uid(seed), {name: data for name, data in members.items() if data is not None})
+        )
     shard = write_shard(tmp_path / "00000000.tar", samples)
     (batch,) = pipeline(options(tmp_path, batch_size=3), str(shard), repeat=False)
     assert batch[1][:, 0, 1].tolist() == [0, 3, 5]
     messages = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(messages) == 3
-    for seed, reason in ((1, "lacks embeddings"), (2, "undecodable image"), (4, "row counts disagree")):
+    for seed, reason in (
+        (1, "lacks embeddings"),
+        (2, "undecodable image"),
+        (4, "row counts disagree"),
+    ):
         (message,) = (m for m in messages if uid(seed) in m)
         assert reason in message and str(shard) in message and "number 1 " in message
 
@@ -165,7 +193,9 @@ def test_another_embedding_width_is_refused_at_the_first_sample_and_skipped_late
     args = options(tmp_path, distill_teacher_dimension=[8, 8])
     with pytest.raises(ValueError, match="12 wide, expected 16 by --distill-teacher-dimension"):
         next(iter(pipeline(args, shards)))
-    samples = [(uid(seed), reinforced_sample(seed, width=9 if seed == 2 else 12)) for seed in range(4)]
+    samples = [
+        (uid(seed), reinforced_sample(seed, width=9 if seed == 2 else 12)) for seed in range(4)
+    ]
     shard = write_shard(tmp_path / "odd.tar", samples)
     (batch,) = pipeline(options(tmp_path, batch_size=3), str(shard), repeat=False)
     assert batch[1][:, 0, 1].tolist() == [0, 1, 3]
@@ -182,18 +212,24 @@ def test_another_embedding_width_is_refused_at_the_first_sample_and_skipped_late
     ],
     ids=["lacking", "undecodable", "unreadable"],
 )
-def test_a_worker_without_a_usable_sample_stops_and_says_what_is_lacking(tmp_path, repeat, members, message):
+def test_a_worker_without_a_usable_sample_stops_and_says_what_is_lacking(
+    tmp_path, repeat, members, message
+):
     for shard in range(2):
         samples = []
         for seed in range(20 * shard, 20 * shard + 20):
             sample = {**reinforced_sample(seed), **members}
-            samples.append((uid(seed), {name: data for name, data in sample.items() if data is not None}))
+            samples.append(
+                (uid(seed), {name: data for name, data in sample.items() if data is not None})
+            )
         write_shard(tmp_path / f"{shard:08d}.tar", samples)
     if repeat:
         message = message.replace("40 x", r"\d+ x")
     with pytest.raises(RuntimeError, match=message) as raised:
         next(iter(pipeline(options(tmp_path), f"{tmp_path}/{{00000000..00000001}}.tar", repeat)))
-    assert "not one sample can be used" in str(raised.value) and "embeddings (npz or pth.gz)" in str(raised.value)
+    assert "not one sample can be used" in str(
+        raised.value
+    ) and "embeddings (npz or pth.gz)" in str(raised.value)
 
 
 def test_shards_without_any_sample_stop_the_run(tmp_path):
@@ -229,7 +265,9 @@ def test_a_worker_that_once_used_a_sample_goes_on_through_bad_shards():
     samples = UsableSamples(2, PLAIN_MEMBERS)
     assert list(samples.count_used([1])) == [1]
     for _ in range(2):  # two epochs of the trainer
-        for _ in zip(samples.shards(itertools.cycle([{"url": "a"}, {"url": "b"}])), range(100), strict=False):
+        for _ in zip(
+            samples.shards(itertools.cycle([{"url": "a"}, {"url": "b"}])), range(100), strict=False
+        ):
             samples.read += 1000
 
 

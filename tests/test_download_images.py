@@ -46,15 +46,24 @@ class Folders:
     """Captions with addresses, reinforcements with the sha256, and where the images go."""
 
     def __init__(self, folder):
-        self.captions, self.reinforcements, self.images = (folder / name for name in ("captions", "dr", "images"))
+        self.captions, self.reinforcements, self.images = (
+            folder / name for name in ("captions", "dr", "images")
+        )
 
     def write(self, name, samples):
         """Write a shard of ``(seed, address, bytes that were embedded)``, as DataComp-12M and DataCompDR-12M are."""
         captions, reinforcements = [], []
         for seed, url, image in samples:
             sha256 = hashlib.sha256(image).hexdigest()
-            captions.append((uid(seed), {"url.txt": url.encode(), "txt": f"caption {seed}".encode()}))
-            reinforced = {"url.txt": url.encode(), "syn.json": b"{}", "paug.json": b"{}", "npz": b"embeddings"}
+            captions.append(
+                (uid(seed), {"url.txt": url.encode(), "txt": f"caption {seed}".encode()})
+            )
+            reinforced = {
+                "url.txt": url.encode(),
+                "syn.json": b"{}",
+                "paug.json": b"{}",
+                "npz": b"embeddings",
+            }
             reinforced["json"] = json.dumps({"uid": uid(seed), "sha256": sha256}).encode()
             reinforcements.append((uid(seed), reinforced))
         write_shard(self.captions / name, captions)
@@ -67,11 +76,15 @@ class Folders:
         paths = {"DATACOMP12M_PATH": self.captions, "DATACOMPDR12M_NOIMG_PATH": self.reinforcements}
         paths = {"DATACOMPDR1B_NOIMG_PATH": self.reinforcements} if one_b else paths
         paths["DATACOMP1B_IMAGES_PATH" if one_b else "DATACOMP12M_IMAGES_PATH"] = self.images
-        return environment(no_proxy="127.0.0.1", **{name: str(path) for name, path in paths.items()})
+        return environment(
+            no_proxy="127.0.0.1", **{name: str(path) for name, path in paths.items()}
+        )
 
     def download(self, *options, **keywords):
         one_b = "--1b" in options
-        return run(self.command(*options), timeout=INSTALLING, env=self.environment(one_b), **keywords)
+        return run(
+            self.command(*options), timeout=INSTALLING, env=self.environment(one_b), **keywords
+        )
 
     def downloaded(self, name):
         return samples_of(self.images / name)
@@ -85,11 +98,20 @@ class Folders:
 
     def outcomes(self):
         """{shard: {uid: (outcome, error_message)}} of all parquets, read by an interpreter that has pyarrow."""
-        own = Path(os.environ.get("IMG2DATASET_VENV", ROOT / ".venv-img2dataset")) / "bin" / "python"
+        own = (
+            Path(os.environ.get("IMG2DATASET_VENV", ROOT / ".venv-img2dataset")) / "bin" / "python"
+        )
         python = os.environ.get("IMG2DATASET_PYTHON") or (own if own.exists() else sys.executable)
         code = "import json, sys; from pyarrow.parquet import read_table\n"
         code += "print(json.dumps([read_table(path).to_pylist() for path in sys.argv[1:]]))"
-        done = run([python, "-c", code, *((self.images / name).with_suffix(".parquet") for name in self.tars())])
+        done = run(
+            [
+                python,
+                "-c",
+                code,
+                *((self.images / name).with_suffix(".parquet") for name in self.tars()),
+            ]
+        )
         return {
             name: {row["uid"]: (row["outcome"], row["error_message"]) for row in rows}
             for name, rows in zip(self.tars(), json.loads(done.stdout), strict=True)
@@ -138,17 +160,37 @@ class Web(Folders):
             1: ("downloaded", None, page("/big", self.big), self.big),
             2: ("downloaded", None, page("/alpha", self.alpha), self.alpha),
             3: ("downloaded", None, redirect("/moved", page("/new")), self.plain),
-            4: ("downloaded", None, page("/a%20%E7%8B%97%2B").replace("%20%E7%8B%97", " 狗"), self.plain),
+            4: (
+                "downloaded",
+                None,
+                page("/a%20%E7%8B%97%2B").replace("%20%E7%8B%97", " 狗"),
+                self.plain,
+            ),
             10: ("downloaded", None, page("/spaces") + " \n", self.plain),
             11: ("dead", "404", server.url("/missing"), self.plain),
             12: ("dead", "500", page("/broken", status=500), self.plain),
             13: ("dead", "timed out", page("/slow", slow=True), self.plain),
             14: ("dead", "IncompleteRead", page("/cut", self.big, cut=1000), self.big),
-            15: ("dead", "resolution|known|resolve|address", "http://no-such-host.invalid/a.jpg", self.plain),
+            15: (
+                "dead",
+                "resolution|known|resolve|address",
+                "http://no-such-host.invalid/a.jpg",
+                self.plain,
+            ),
             16: ("changed", "hash mismatch", page("/other", encode(picture(9))), self.plain),
             17: ("undecodable", "pixels", page("/bomb", bomb), bomb),
-            20: ("undecodable", "decod", page("/html", html, headers={"Content-Type": "text/html"}), self.plain),
-            21: ("refused", "X-Robots-Tag", page("/noai", headers={"X-Robots-Tag": "noai"}), self.plain),
+            20: (
+                "undecodable",
+                "decod",
+                page("/html", html, headers={"Content-Type": "text/html"}),
+                self.plain,
+            ),
+            21: (
+                "refused",
+                "X-Robots-Tag",
+                page("/noai", headers={"X-Robots-Tag": "noai"}),
+                self.plain,
+            ),
             22: ("refused", "403", page("/forbidden", status=403), self.plain),
             23: ("refused", "429", page("/busy", status=429), self.plain),
             24: ("refused", "unknown url type", self.secret.as_uri(), self.plain),
@@ -164,7 +206,9 @@ class Web(Folders):
         for name in ("00000004.tar", "00000008.tar"):
             self.write(name, [(90, server.url("/not-asked-for"), self.plain)])
         captions = samples_of(self.captions / "00000005.tar")
-        write_shard(self.captions / "00000005.tar", [*captions.items(), (uid(80), {"txt": b"no address"})])
+        write_shard(
+            self.captions / "00000005.tar", [*captions.items(), (uid(80), {"txt": b"no address"})]
+        )
 
     def seeds(self, name, *outcomes):
         here = [seed for seed in self.samples if self.shard_of[seed] == name]
@@ -200,11 +244,14 @@ def test_nothing_but_http_is_opened(web):
     with pytest.raises(BlockingIOError):
         web.ftp.accept()  # neither the address nor the redirect led here
     found = web.found["00000007.tar"]
-    assert found[uid(24)][0] == found[uid(26)][0] == "refused"  # though the file is the very picture
+    assert (
+        found[uid(24)][0] == found[uid(26)][0] == "refused"
+    )  # though the file is the very picture
 
 
 @pytest.mark.parametrize(
-    "bound, value, words", [("MAX_BYTES", 1000, "more than 1000 bytes"), ("MAX_SECONDS", -1, "not at its end after")]
+    "bound, value, words",
+    [("MAX_BYTES", 1000, "more than 1000 bytes"), ("MAX_SECONDS", -1, "not at its end after")],
 )
 def test_answers_are_bounded_in_bytes_and_seconds(server, monkeypatch, bound, value, words):
     url = server.add("/long", bytes(100_000))
@@ -229,12 +276,19 @@ def test_address_that_drips_is_given_up_in_its_headers_and_over_redirects(server
 def test_json_carries_uid_and_the_sha256_of_the_bytes_as_downloaded(web):
     for seed in (0, 1, 2):
         about = json.loads(web.downloaded("00000005.tar")[uid(seed)]["json"])
-        assert about["uid"] == uid(seed) and about["status"] == "success" and about["url"] == web.samples[seed][2]
+        assert (
+            about["uid"] == uid(seed)
+            and about["status"] == "success"
+            and about["url"] == web.samples[seed][2]
+        )
         assert about["sha256"] == hashlib.sha256(web.samples[seed][3]).hexdigest()
 
 
 def test_images_are_jpegs_of_at_most_512_pixels_and_small_ones_are_not_enlarged(web):
-    images = {seed: Image.open(io.BytesIO(web.downloaded("00000005.tar")[uid(seed)]["jpg"])) for seed in (0, 1, 2)}
+    images = {
+        seed: Image.open(io.BytesIO(web.downloaded("00000005.tar")[uid(seed)]["jpg"]))
+        for seed in (0, 1, 2)
+    }
     assert {seed: (img.format, img.size) for seed, img in images.items()} == {
         0: ("JPEG", (48, 40)),
         1: ("JPEG", (512, 341)),
@@ -248,7 +302,11 @@ def test_images_are_jpegs_of_at_most_512_pixels_and_small_ones_are_not_enlarged(
 def test_table_and_report_count_every_sample_and_say_where_they_are_listed(web):
     counts = Counter(outcome for outcome, *_ in web.samples.values())
     report = web.report()
-    assert report["outcomes"] == counts and report["samples"] == len(web.samples) and report["shards"] == 3
+    assert (
+        report["outcomes"] == counts
+        and report["samples"] == len(web.samples)
+        and report["shards"] == 3
+    )
     assert report["without_url"] == 1 and report["unverified"] == 0 and report["failed"] == {}
     lines = web.done.stdout.splitlines()
     for name in NAMES:
@@ -262,7 +320,16 @@ def test_table_and_report_count_every_sample_and_say_where_they_are_listed(web):
 def test_join_takes_the_image_shards(web, tmp_path):
     folders = (web.captions, web.images, web.reinforcements)
     sources = [option for folder in folders for option in ("--source", str(folder))]
-    join_shards.main([*sources, "--output", str(tmp_path), "--shards", "{00000005..00000007}.tar", "--verify-hash"])
+    join_shards.main(
+        [
+            *sources,
+            "--output",
+            str(tmp_path),
+            "--shards",
+            "{00000005..00000007}.tar",
+            "--verify-hash",
+        ]
+    )
     for name in web.tars():
         joined = samples_of(tmp_path / name)
         assert list(joined) == [uid(seed) for seed in web.seeds(name, "downloaded")]
@@ -274,10 +341,15 @@ def test_join_takes_the_image_shards(web, tmp_path):
 
 
 def test_nothing_is_fetched_again_and_nothing_left_over(web, server):
-    before, hits = {path: path.stat().st_mtime_ns for path in web.images.glob("0*")}, Counter(server.hits)
+    before, hits = (
+        {path: path.stat().st_mtime_ns for path in web.images.glob("0*")},
+        Counter(server.hits),
+    )
     again = web.download("--shards", "{00000005..00000007}.tar")
     assert again.returncode == 0 and again.stdout == web.done.stdout
-    assert {path: path.stat().st_mtime_ns for path in web.images.glob("0*")} == before and server.hits == hits
+    assert {
+        path: path.stat().st_mtime_ns for path in web.images.glob("0*")
+    } == before and server.hits == hits
     assert not any((web.images / ".img2dataset").iterdir())
     assert not [path for path in web.images.rglob("*") if "partial" in path.name]
 
@@ -316,7 +388,9 @@ def kill_and_run_again(folders, server):
 
     def interrupt(number, when):
         command = [*folders.command(), "--timeout", "60"]
-        process = subprocess.Popen(command, env=folders.environment(), stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=folders.environment(), stderr=subprocess.PIPE, text=True
+        )
         try:
             assert wait_for(when), "it got nowhere"
             process.send_signal(number)
@@ -326,7 +400,8 @@ def kill_and_run_again(folders, server):
 
     # killed when img2dataset has finished shard 0 and is at shard 1: maybe before the shard has got its name
     status, _ = interrupt(
-        signal.SIGKILL, lambda: server.hits["/gate/0"] and list(folders.images.rglob("00000000_stats.json"))
+        signal.SIGKILL,
+        lambda: server.hits["/gate/0"] and list(folders.images.rglob("00000000_stats.json")),
     )
     assert status == -signal.SIGKILL
     assert wait_for(lambda: not processes_of(folders), 30), "img2dataset outlives the script"
@@ -335,12 +410,16 @@ def kill_and_run_again(folders, server):
     status, said = interrupt(signal.SIGINT, lambda: server.hits["/gate/0"])
     assert status == 1 and said.strip().splitlines()[-1] == "interrupted; run it again to go on"
     assert wait_for(lambda: not processes_of(folders))
-    assert folders.tars() == ["00000000.tar"] and list(folders.downloaded("00000000.tar")) == [uid(i) for i in range(3)]
+    assert folders.tars() == ["00000000.tar"] and list(folders.downloaded("00000000.tar")) == [
+        uid(i) for i in range(3)
+    ]
 
     server.released.set()
     done = folders.download()
     assert done.returncode == 0, done.stderr
-    assert not [path for path in server.hits if path.startswith("/fast/")], "a finished shard was fetched again"
+    assert not [path for path in server.hits if path.startswith("/fast/")], (
+        "a finished shard was fetched again"
+    )
     assert not any((folders.images / ".img2dataset").iterdir())
     assert folders.report()["outcomes"]["downloaded"] == 5
 
@@ -357,7 +436,10 @@ def test_shards_of_1b_get_their_folders_and_a_bad_one_fails_alone(folders, serve
     body = encode(picture(4))
     page = server.add("/flaky", body, first_status=503)
     folders.write("01/00000001.tar", [(1, page, body)])
-    folders.write("01/00000003.tar", [(3, server.add("/three", body), body), (4, server.url("/three"), b"another")])
+    folders.write(
+        "01/00000003.tar",
+        [(3, server.add("/three", body), body), (4, server.url("/three"), b"another")],
+    )
     folders.write("01/00000004.tar", [(5, server.url("/gone"), body)])
     damaged = folders.reinforcements / "01" / "00000000.tar"
     damaged.write_bytes((damaged.parent / "00000001.tar").read_bytes()[:1000])
@@ -365,17 +447,25 @@ def test_shards_of_1b_get_their_folders_and_a_bad_one_fails_alone(folders, serve
 
     done = folders.download("--1b", "--shards", "1000-1004", "--retries", 1)
     failed = folders.report()["failed"]
-    assert done.returncode == 1 and "2 of 5 shards failed" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "2 of 5 shards failed" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert "not a whole tar" in failed["01/00000000.tar"] and "url.txt" in failed["01/00000002.tar"]
     assert folders.tars() == ["01/00000001.tar", "01/00000003.tar", "01/00000004.tar"]
-    assert folders.downloaded("01/00000004.tar") == {}  # all its addresses are dead: it is finished, and empty
+    assert (
+        folders.downloaded("01/00000004.tar") == {}
+    )  # all its addresses are dead: it is finished, and empty
     assert list(folders.downloaded("01/00000001.tar")) == [uid(1)]  # by the second try
     assert list(folders.downloaded("01/00000003.tar")) == [uid(3)]
     assert folders.outcomes()["01/00000003.tar"][uid(4)] == ("changed", "hash mismatch")
 
 
 def test_a_shard_that_could_not_be_written_whole_is_not_taken_for_finished(folders, server):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8))
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
+    )
     body = encode(noise)
     folders.write("00000000.tar", [(i, server.add("/noise", body), body) for i in range(8)])
     command = f"ulimit -f 1024; exec {' '.join(folders.command())}"  # a file may have 1 MiB, as if the disk were full
@@ -395,7 +485,9 @@ def test_finished_downloads_are_kept_until_the_shard_can_be_written(folders, ser
     for _ in range(2):  # img2dataset done, and then what a run finds that another has left
         done = folders.download()
         last = done.stderr.splitlines()[-1]
-        assert done.returncode == 1 and last.startswith(f"{obstacle}: ") and "make room" in last, done.stderr
+        assert done.returncode == 1 and last.startswith(f"{obstacle}: ") and "make room" in last, (
+            done.stderr
+        )
         assert "Traceback" not in done.stderr
     obstacle.rmdir()
     assert folders.download().returncode == 0
@@ -415,7 +507,9 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
     samples = [sample(uid(i), json.dumps({"uid": uid(i), **about}).encode()) for i in range(2)]
     samples.append(sample(uid(2), b'{"sha256": "\\ud800"}'))
     bad = [sample("a", b'{"uid": "\\ud800"}'), sample("b", b"["), sample("c", b"[" * 200_000)]
-    write_shard(folders.captions / "00000000.tar", [*samples, *bad, (uid(3), {"txt": b"no address"})])
+    write_shard(
+        folders.captions / "00000000.tar", [*samples, *bad, (uid(3), {"txt": b"no address"})]
+    )
     left = folders.images / ".img2dataset" / "new-left"
     left.mkdir(parents=True)  # by a run that was killed at its beginning, long ago
     os.utime(left, (0, 0))
@@ -423,18 +517,26 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
     assert done.returncode == 0, done.stderr
     assert list(folders.downloaded("00000000.tar")) == [uid(i) for i in range(3)]
     report = folders.report()
-    assert [report[count] for count in ("samples", "unverified", "unusable", "without_url")] == [3, 1, 3, 1]
+    assert [report[count] for count in ("samples", "unverified", "unusable", "without_url")] == [
+        3,
+        1,
+        3,
+        1,
+    ]
     assert re.search(r"^without an address in the shard +1 ", done.stdout, re.MULTILINE)
     assert re.search(r"^unusable in the shard .* 3 ", done.stdout, re.MULTILINE)
     assert not any((folders.images / ".img2dataset").iterdir())
 
     # what img2dataset itself made isn't taken for this script's
     write_shard(folders.images / "00000007.tar", [])
-    (folders.images / "00000007_stats.json").write_text('{"count": 3, "successes": 3, "duration": 1.5}')
+    (folders.images / "00000007_stats.json").write_text(
+        '{"count": 3, "successes": 3, "duration": 1.5}'
+    )
     done = folders.download()
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
-        "00000007.tar is not of this script" in done.stderr.splitlines()[-1] and "name another --output" in done.stderr
+        "00000007.tar is not of this script" in done.stderr.splitlines()[-1]
+        and "name another --output" in done.stderr
     )
 
 
@@ -453,7 +555,10 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
         (("--distributor", "smoke"), "invalid choice: 'smoke'"),
         (("--distributor", "ray"), "no ray for"),
         (("--shards", "2"), "1 of 1 shards are not in"),
-        (("--output", "captions/images"), "--output captions/images is --input's folder or inside it"),
+        (
+            ("--output", "captions/images"),
+            "--output captions/images is --input's folder or inside it",
+        ),
         (("--reinforcements", "nowhere"), "--reinforcements nowhere: no such folder"),
     ],
 )
@@ -461,7 +566,12 @@ def test_bad_options_get_one_line(folders, options, line):
     for number in range(2):
         folders.write(f"{number:08d}.tar", [(number, "http://127.0.0.1:9/", b"")])
     write_shard(folders.captions / "00000002.tar", [(uid(2), {"url.txt": b"http://127.0.0.1:9/"})])
-    done = run(["bash", SCRIPT, *options], timeout=INSTALLING, env=folders.environment(), cwd=folders.captions.parent)
+    done = run(
+        ["bash", SCRIPT, *options],
+        timeout=INSTALLING,
+        env=folders.environment(),
+        cwd=folders.captions.parent,
+    )
     assert done.returncode != 0 and line in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr and not folders.images.exists()
 
@@ -472,11 +582,20 @@ def test_missing_folder_and_help_need_no_img2dataset(folders, tmp_path):
         f"download_images: error: no folder {folders.captions} (DATACOMP12M_PATH): scripts/download_datacompdr12m.sh"
     )
     told = run(["bash", SCRIPT, "--help"], env=environment(IMG2DATASET_VENV=str(tmp_path / "venv")))
-    assert told.returncode == 0 and "--shards A-B" in told.stdout and not (tmp_path / "venv").exists()
+    assert (
+        told.returncode == 0 and "--shards A-B" in told.stdout and not (tmp_path / "venv").exists()
+    )
 
 
 def test_without_img2dataset_the_python_script_says_how_to_get_it(folders):
-    command = [sys.executable, ROOT / "scripts" / "download_images.py", "--input", ".", "--output", folders.images]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "download_images.py",
+        "--input",
+        ".",
+        "--output",
+        folders.images,
+    ]
     done = run(command, env=environment())
     if done.returncode == 1 and "img2dataset" not in done.stderr:
         pytest.skip("img2dataset can be imported here")

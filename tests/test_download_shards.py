@@ -18,7 +18,11 @@ from hub_server import PIECE, hub_server
 
 ROOT = Path(__file__).parents[1]
 FACE = ROOT / "scripts" / "download_datacompdr12m.sh"
-CAPTIONS, FP32, BF16 = "mlfoundations/DataComp-12M", "apple/DataCompDR-12M", "apple/DataCompDR-12M-bf16"
+CAPTIONS, FP32, BF16 = (
+    "mlfoundations/DataComp-12M",
+    "apple/DataCompDR-12M",
+    "apple/DataCompDR-12M-bf16",
+)
 ONE_B = "apple/DataCompDR-1B"
 SIZE = 20 * PIECE + 17  # of a shard here
 TOKEN = "hf_SecretTokenThatNobodyMaySee"
@@ -40,9 +44,13 @@ class Place:
 
     def __init__(self, folder):
         self.folder = folder
-        self.captions, self.reinforcements, self.one_b = (folder / name for name in ("captions", "dr", "1b"))
+        self.captions, self.reinforcements, self.one_b = (
+            folder / name for name in ("captions", "dr", "1b")
+        )
         names = [f"{number:08d}.tar" for number in range(6)]
-        self.repos = {repo: write_repo(folder / "hub" / repo, repo, names) for repo in (CAPTIONS, FP32)}
+        self.repos = {
+            repo: write_repo(folder / "hub" / repo, repo, names) for repo in (CAPTIONS, FP32)
+        }
         (self.repos[CAPTIONS] / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
         (self.repos[FP32] / "manifest.jsonl").write_text('{"shard": "00000000.tar"}\n')
         for stray in ("stray.bin", "stray.tar", "nested/README.md", "nested/00000000.tar"):
@@ -83,7 +91,9 @@ class Place:
 
     def same(self, folder, repo):
         """Whether every file in the folder is the repository's, byte for byte."""
-        return all(data == (self.repos[repo] / name).read_bytes() for name, data in brought(folder).items())
+        return all(
+            data == (self.repos[repo] / name).read_bytes() for name, data in brought(folder).items()
+        )
 
 
 @pytest.fixture
@@ -133,7 +143,9 @@ def test_range_brings_exactly_these_shards_and_the_descriptions_byte_for_byte(pl
         run = place.run(hub, "--shards", "1-3")
     assert run.returncode == 0, run.stderr
     shards = [f"{number:08d}.tar" for number in (1, 2, 3)]
-    assert sorted(brought(place.captions)) == [*shards, "README.md"] and place.same(place.captions, CAPTIONS)
+    assert sorted(brought(place.captions)) == [*shards, "README.md"] and place.same(
+        place.captions, CAPTIONS
+    )
     assert sorted(brought(place.reinforcements)) == [*shards, "README.md", "manifest.jsonl"]
     assert place.same(place.reinforcements, FP32) and not partials(place.folder)
 
@@ -149,8 +161,14 @@ def test_files_bytes_and_licences_are_said_before_anything_comes(place):
     with hub_server(place.repos) as hub:
         run = place.run(hub, "--shards", "0-3", "--dry-run")
         assert run.returncode == 0 and hub.sent() == 0
-    assert f"{CAPTIONS}: licence cc-by-4.0" in run.stdout and f"{FP32}: licence apple-amlr" in run.stdout
-    assert f"{hub.url}/datasets/{FP32}" in run.stdout and "images have licences of their own" in run.stdout
+    assert (
+        f"{CAPTIONS}: licence cc-by-4.0" in run.stdout
+        and f"{FP32}: licence apple-amlr" in run.stdout
+    )
+    assert (
+        f"{hub.url}/datasets/{FP32}" in run.stdout
+        and "images have licences of their own" in run.stdout
+    )
     assert "5 files, 5.24MB to bring" in run.stdout and "6 files" in run.stdout
     assert not place.captions.exists() and not place.reinforcements.exists()
 
@@ -174,16 +192,23 @@ def test_bf16_comes_in_the_place_of_fp32_and_never_among_it(place):
 
 
 def test_1b_brings_running_numbers_from_its_folders(place):
-    names = [f"{number // 1000:02d}/{number % 1000:08d}.tar" for number in (0, 998, 999, 1000, 1001, 65000, 65535)]
+    names = [
+        f"{number // 1000:02d}/{number % 1000:08d}.tar"
+        for number in (0, 998, 999, 1000, 1001, 65000, 65535)
+    ]
     place.add(ONE_B, names, size=1000)
     with hub_server(place.repos) as hub:
         run = place.run(hub, "--1b", "--shards", "998-1001")
         assert run.returncode == 0, run.stderr
         assert sorted(brought(place.one_b)) == [*sorted(names[1:5]), "README.md"]
-        listed = {request.path.rpartition("/")[2] for request in hub.requests if "/tree/" in request.path}
+        listed = {
+            request.path.rpartition("/")[2] for request in hub.requests if "/tree/" in request.path
+        }
         assert {"00", "01"} <= listed and "65" not in listed
         assert place.run(hub, "--1b").returncode == 0
-    assert sorted(brought(place.one_b)) == [*sorted(names), "README.md"] and place.same(place.one_b, ONE_B)
+    assert sorted(brought(place.one_b)) == [*sorted(names), "README.md"] and place.same(
+        place.one_b, ONE_B
+    )
     assert not place.captions.exists()
 
 
@@ -214,7 +239,9 @@ def test_broken_transfer_goes_on_where_it_broke(place, redirect):
         run = place.run(hub, "--shards", "0-1")
         assert run.returncode == 0, run.stderr
         assert "00000001.tar: no answer" in run.stderr and "trying again" in run.stderr
-        first, second, *_ = (request for request in hub.gets("00000001.tar") if request.range or request.sent < SIZE)
+        first, second, *_ = (
+            request for request in hub.gets("00000001.tar") if request.range or request.sent < SIZE
+        )
         assert hub.sent("00000001.tar") == 2 * SIZE  # of two repositories
         assert (first.range, second.range) == (None, f"bytes={first.sent}-")
     assert place.same(place.captions, CAPTIONS) and place.same(place.reinforcements, FP32)
@@ -236,7 +263,10 @@ def test_killed_run_is_run_again_and_brings_only_what_is_missing(place, how):
     cut_off = sum(partials(place.folder).values())
     with hub_server(place.repos) as hub:
         assert place.run(hub, "--shards", "0-3").returncode == 0
-        assert hub.sent() == bytes_in(place.captions, place.reinforcements) - there - cut_off and cut_off > 0
+        assert (
+            hub.sent() == bytes_in(place.captions, place.reinforcements) - there - cut_off
+            and cut_off > 0
+        )
     assert place.same(place.captions, CAPTIONS) and place.same(place.reinforcements, FP32)
     assert not partials(place.folder)
 
@@ -249,7 +279,9 @@ def test_two_runs_at_once_share_the_work(place):
             said, errors = process.communicate(timeout=100)
             assert process.returncode == 0, errors
             files += sum(map(int, re.findall(r"^brought (\d+) files", said, re.MULTILINE)))
-        assert files == len(brought(place.captions)) + len(brought(place.reinforcements)), "each counts its own"
+        assert files == len(brought(place.captions)) + len(brought(place.reinforcements)), (
+            "each counts its own"
+        )
         assert Counter(request.path for request in hub.gets(".tar")).most_common(1)[0][1] == 1
         assert hub.sent(".tar") == 8 * SIZE
     assert place.same(place.captions, CAPTIONS) and place.same(place.reinforcements, FP32)
@@ -270,7 +302,9 @@ def test_partial_file_with_other_bytes_is_found_out_and_brought_anew(place):
 
 
 def test_answer_that_does_not_end_is_ended_soon_after_the_files_size(place, monkeypatch):
-    listed = download_shards.File(CAPTIONS, "main", "00000000.tar", 1000, "0" * 64, True, place.captions)
+    listed = download_shards.File(
+        CAPTIONS, "main", "00000000.tar", 1000, "0" * 64, True, place.captions
+    )
     download_shards.prepare([listed])
     come = []
     with hub_server(place.repos) as hub:  # whose file has SIZE bytes
@@ -289,7 +323,12 @@ def test_answer_that_does_not_end_is_ended_soon_after_the_files_size(place, monk
 def test_shards_that_a_data_set_lacks_are_named_before_anything_comes(place):
     (place.repos[FP32] / "00000004.tar").unlink()
     with hub_server(place.repos) as hub:
-        one_line(place.run(hub, "--shards", "3-7"), CAPTIONS, "00000006.tar, 00000007.tar (2 of 5", "nothing was")
+        one_line(
+            place.run(hub, "--shards", "3-7"),
+            CAPTIONS,
+            "00000006.tar, 00000007.tar (2 of 5",
+            "nothing was",
+        )
         one_line(place.run(hub, "--shards", "3-5"), FP32, "00000004.tar (1 of 3")
         assert hub.sent() == 0
     assert not place.captions.exists()
@@ -299,7 +338,9 @@ def test_shard_of_another_size_is_never_overwritten(place):
     place.captions.mkdir()
     (place.captions / "00000001.tar").write_bytes(b"mine")
     with hub_server(place.repos) as hub:
-        one_line(place.run(hub, "--shards", "0-1"), "00000001.tar has 4 bytes", str(SIZE), "remove it")
+        one_line(
+            place.run(hub, "--shards", "0-1"), "00000001.tar has 4 bytes", str(SIZE), "remove it"
+        )
         assert hub.sent() == 0
     assert brought(place.captions) == {"00000001.tar": b"mine"}
 
@@ -322,7 +363,11 @@ def test_disk_that_is_too_small_is_refused_before_anything_comes(place):
             )
             assert f"status {status}" in run.stdout, run.stderr
             if status:
-                assert hub.sent() == 0 and "5.24MB are to be brought" in run.stderr and "3.15MB free" in run.stderr
+                assert (
+                    hub.sent() == 0
+                    and "5.24MB are to be brought" in run.stderr
+                    and "3.15MB free" in run.stderr
+                )
                 assert len(run.stderr.strip().splitlines()) == 1 and ".tar" not in run.stdout
             else:
                 assert run.stdout.count(".tar") == 2
@@ -333,7 +378,11 @@ def test_disk_that_fills_up_fails_with_one_line_and_nothing_half(place):
     command = f"ulimit -f 600; exec bash {FACE} --shards 0"
     with hub_server(place.repos) as hub:
         run = subprocess.run(
-            ["bash", "-c", command], env=place.environment(hub.url), capture_output=True, text=True, timeout=60
+            ["bash", "-c", command],
+            env=place.environment(hub.url),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert run.returncode == 1 and "Traceback" not in run.stderr
         assert "00000000.tar: writing: File too large. Run it again to go on" in run.stderr
@@ -349,7 +398,9 @@ def test_token_is_sent_to_the_hub_alone_and_never_shown(place):
     with hub_server(place.repos, token=TOKEN, redirect=True, break_once="00000000.tar") as hub:
         run = place.run(hub, "--shards", "0", HF_TOKEN=TOKEN)
         assert run.returncode == 0 and TOKEN not in run.stdout + run.stderr, run.stderr
-        asked, redirected = ([r for r in hub.requests if r.path.startswith("/cdn/") is cdn] for cdn in (False, True))
+        asked, redirected = (
+            [r for r in hub.requests if r.path.startswith("/cdn/") is cdn] for cdn in (False, True)
+        )
         assert redirected and not any("authorization" in request.headers for request in redirected)
         files = [request for request in asked if "/datasets/" in request.path]
         assert {request.headers.get("authorization") for request in files} == {f"Bearer {TOKEN}"}

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from shards import encode, picture, stored_embeddings, uid, write_shard
 
 import hf_dataset_example as example
-from dr.reinforcement import BadSample
+from dr.sample import BadSample
 from dr.transforms import compose_from_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,9 @@ def sample(seed, url, joined=False, bf16=False, augmentations=30, captions=5, **
     emb = unit_rows(augmentations, generator), unit_rows(1 + captions, generator)
     members = {
         "url.txt": f"{url}/{seed}.jpg".encode(),
-        "syn.json": json.dumps({"syn_text": [f"synthetic {t} of {seed} 狗" for t in range(captions)]}).encode(),
+        "syn.json": json.dumps(
+            {"syn_text": [f"synthetic {t} of {seed} 狗" for t in range(captions)]}
+        ).encode(),
         "paug.json": json.dumps({"param_aug": parameters(augmentations)}).encode(),
         "pth.gz" if bf16 else "npz": stored_embeddings(*emb, bf16),
         "json": json.dumps({"uid": uid(seed), "sha256": hashlib.sha256(jpeg).hexdigest()}).encode(),
@@ -65,7 +67,11 @@ def web():
         def do_GET(self):
             asked.append((self.path, self.headers["User-Agent"]))
             seed = self.path.strip("/").removesuffix(".jpg")
-            found = (200, {}, encode(picture(int(seed), 120, 160))) if seed.isdecimal() else (404, {}, b"")
+            found = (
+                (200, {}, encode(picture(int(seed), 120, 160)))
+                if seed.isdecimal()
+                else (404, {}, b"")
+            )
             status, headers, data = answers.get(self.path, found)
             self.send_response(status)
             for name, value in {"Content-Length": len(data), **headers}.items():
@@ -77,7 +83,11 @@ def web():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.answers, server.url = asked, answers, f"http://127.0.0.1:{server.server_port}"
+    server.asked, server.answers, server.url = (
+        asked,
+        answers,
+        f"http://127.0.0.1:{server.server_port}",
+    )
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield server
@@ -89,13 +99,22 @@ def web():
 def run(tmp_path, *arguments, endpoint="http://127.0.0.1:1", **environment):
     """The script as a person runs it, from another folder."""
     command = [sys.executable, str(ROOT / "hf_dataset_example.py"), *map(str, arguments)]
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), **environment}
-    return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        **environment,
+    }
+    return subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
 
 
 def said(text):
     """What was printed, by its first word."""
-    return {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.strip()}
+    return {
+        line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.strip()
+    }
 
 
 def error_of(*arguments):
@@ -113,13 +132,17 @@ def test_first_sample_is_streamed_and_the_shard_is_not_downloaded(tmp_path, web)
     shard = write_shard(tmp_path / "fp32" / SHARD, (sample(seed, web.url) for seed in range(100)))
     assert shard.stat().st_size > 20e6
     with hub_server({"apple/DataCompDR-12M": shard.parent}) as hub:
-        ran = run(tmp_path, endpoint=hub.url, PYTHONIOENCODING="ascii")  # the captions are not ASCII
+        ran = run(
+            tmp_path, endpoint=hub.url, PYTHONIOENCODING="ascii"
+        )  # the captions are not ASCII
     assert ran.returncode == 0, ran.stderr
     told = said(ran.stdout)
     assert told["image"].startswith("[3, 224, 224] float32 160x120 picture")
     for name in ("image_emb", "text_emb", "syn_text_emb"):
         assert told[name].startswith("[1536] float32")
-    assert told["syn_caption"].startswith("synthetic ") and told["syn_caption"].endswith(" of 0 \\u72d7")
+    assert told["syn_caption"].startswith("synthetic ") and told["syn_caption"].endswith(
+        " of 0 \\u72d7"
+    )
     assert 0 < hub.sent(SHARD) < 600_000
     assert [path for path, _ in web.asked] == ["/0.jpg"]
     assert "urllib" not in web.asked[0][1] and "://" in web.asked[0][1]
@@ -127,7 +150,9 @@ def test_first_sample_is_streamed_and_the_shard_is_not_downloaded(tmp_path, web)
 
 
 def test_bf16_set_has_a_repository_of_its_own_and_later_samples_are_reached(tmp_path, web):
-    shard = write_shard(tmp_path / "bf16" / SHARD, (sample(seed, web.url, bf16=True) for seed in range(4)))
+    shard = write_shard(
+        tmp_path / "bf16" / SHARD, (sample(seed, web.url, bf16=True) for seed in range(4))
+    )
     with hub_server({"apple/DataCompDR-12M-bf16": shard.parent}) as hub:
         ran = run(tmp_path, "--bf16", "--index", 2, endpoint=hub.url)
     assert ran.returncode == 0, ran.stderr
@@ -143,7 +168,11 @@ def test_without_network_one_line_says_so(tmp_path):
 
 
 def test_import_does_nothing(tmp_path):
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hf_dataset_example"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hf_dataset_example",
+    ]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ran.stdout == ran.stderr == "" and list(tmp_path.iterdir()) == []
 
@@ -162,16 +191,25 @@ def test_rows_are_those_of_the_augmentation_and_the_caption(bf16):
         a, s = chosen["augmentation"], chosen["synthetic"]
         assert augmentation in (None, a)
         assert chosen["captions"][s] == f"synthetic {s} of 7 狗"
-        expected, _ = COMPOSE.reapply(Image.open(io.BytesIO(members["jpg"])), COMPOSE.decompress(params[a]))
+        expected, _ = COMPOSE.reapply(
+            Image.open(io.BytesIO(members["jpg"])), COMPOSE.decompress(params[a])
+        )
         assert torch.equal(chosen["image"], expected)
-        for name, row in (("image_emb", image_emb[a]), ("text_emb", text_emb[0]), ("syn_text_emb", text_emb[1 + s])):
+        for name, row in (
+            ("image_emb", image_emb[a]),
+            ("text_emb", text_emb[0]),
+            ("syn_text_emb", text_emb[1 + s]),
+        ):
             assert torch.equal(chosen[name], row.bfloat16() if bf16 else row), name
 
 
 def test_seed_draws_the_same_again_and_other_seeds_others():
     _, members = sample(0, "", joined=True)
     drawn = [
-        tuple(example.choose(members, COMPOSE, None, seed)[name] for name in ("augmentation", "synthetic"))
+        tuple(
+            example.choose(members, COMPOSE, None, seed)[name]
+            for name in ("augmentation", "synthetic")
+        )
         for seed in (*range(15), *range(15))
     ]
     assert drawn[:15] == drawn[15:]
@@ -186,9 +224,17 @@ def test_printed_cosines_are_each_teachers_own(tmp_path, capsys):
         image, texts = stored["image_emb"][11], stored["text_emb"]
     told = capsys.readouterr().out
     s = int(said(told)["syn_caption"].split()[1])
-    for k, teacher in enumerate(("teacher 0: ViT-L-14, openai", "teacher 1: ViT-L-14, datacomp_xl_s13b_b90k")):
-        first, second = (texts[row, 768 * k : 768 * (k + 1)] @ image[768 * k : 768 * (k + 1)] for row in (0, 1 + s))
-        assert f"{teacher}: cosine with the caption {first:.3f}, the synthetic one {second:.3f}" in told
+    for k, teacher in enumerate(
+        ("teacher 0: ViT-L-14, openai", "teacher 1: ViT-L-14, datacomp_xl_s13b_b90k")
+    ):
+        first, second = (
+            texts[row, 768 * k : 768 * (k + 1)] @ image[768 * k : 768 * (k + 1)]
+            for row in (0, 1 + s)
+        )
+        assert (
+            f"{teacher}: cosine with the caption {first:.3f}, the synthetic one {second:.3f}"
+            in told
+        )
 
 
 def test_blocks_that_are_not_of_unit_length_are_no_teachers():
@@ -226,39 +272,75 @@ def no_picture(web, case):
         "too long": (dead, {"url.txt": f"{web.url}/long.jpg".encode()}),
         "cut off": ("changed picture", {"url.txt": f"{web.url}/cut.jpg".encode()}),
         "another picture": ("changed picture", {"url.txt": f"{web.url}/99.jpg".encode()}),
-        "no picture": ("undecodable image", {"url.txt": f"{web.url}/page.jpg".encode(), "json": page}),
+        "no picture": (
+            "undecodable image",
+            {"url.txt": f"{web.url}/page.jpg".encode(), "json": page},
+        ),
         "no hash": ("no picture, and no address", {"url.txt": url.encode(), "json": b"{}"}),
-        "deep json": ("no picture, and no address", {"url.txt": url.encode(), "json": b"[" * 200_000}),
+        "deep json": (
+            "no picture, and no address",
+            {"url.txt": url.encode(), "json": b"[" * 200_000},
+        ),
         "no json": ("no picture, and no address", {"url.txt": url.encode(), "json": b"["}),
         "no captions": ("unreadable syn.json", {"syn.json": b"[]"}),
         "empty caption": ("empty caption", {"txt": b" ", "url.txt": url.encode()}),
-        "other boxes": ("augmentation parameters", {"paug.json": json.dumps({"param_aug": [None] * 30}).encode()}),
-        "other rows": ("row counts disagree", {"paug.json": json.dumps({"param_aug": [None] * 29}).encode()}),
+        "other boxes": (
+            "augmentation parameters",
+            {"paug.json": json.dumps({"param_aug": [None] * 30}).encode()},
+        ),
+        "other rows": (
+            "row counts disagree",
+            {"paug.json": json.dumps({"param_aug": [None] * 29}).encode()},
+        ),
     }[case]
 
 
 CASES = (
-    *("404", "refused", "file", "ftp", "no scheme", "bad port", "bad host", "redirect to file", "redirect to ftp"),
-    *("redirect for ever", "too long", "cut off", "another picture", "no picture", "no hash", "no json"),
+    *(
+        "404",
+        "refused",
+        "file",
+        "ftp",
+        "no scheme",
+        "bad port",
+        "bad host",
+        "redirect to file",
+        "redirect to ftp",
+    ),
+    *(
+        "redirect for ever",
+        "too long",
+        "cut off",
+        "another picture",
+        "no picture",
+        "no hash",
+        "no json",
+    ),
     "deep json",
     *("no captions", "empty caption", "other boxes", "other rows"),
 )
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sample_that_cannot_be_used_is_said_and_the_next_is_tried(tmp_path, web, monkeypatch, capsys, case):
+def test_sample_that_cannot_be_used_is_said_and_the_next_is_tried(
+    tmp_path, web, monkeypatch, capsys, case
+):
     monkeypatch.setattr(example, "MAX_IMAGE", 100_000)
     reason, changed = no_picture(web, case)
     shard = write_shard(tmp_path / SHARD, [sample(0, web.url, **changed), sample(1, web.url)])
     example.main(["--shard", str(shard)])
     told = capsys.readouterr()
-    assert told.err.startswith(f"sample 0 is left out: {reason}") and len(told.err.splitlines()) == 1
+    assert (
+        told.err.startswith(f"sample 0 is left out: {reason}") and len(told.err.splitlines()) == 1
+    )
     assert told.out.startswith(f"{shard}, sample 1: {uid(1)}\n")
 
 
 def test_addresses_with_spaces_and_other_letters_are_fetched(tmp_path, web, capsys):
     web.answers["/a%20%E7%8B%97%2B.jpg"] = (200, {}, encode(picture(0, 120, 160)))
-    shard = write_shard(tmp_path / SHARD, [sample(0, web.url, **{"url.txt": f"{web.url}/a 狗%2B.jpg\n".encode()})])
+    shard = write_shard(
+        tmp_path / SHARD, [sample(0, web.url, **{"url.txt": f"{web.url}/a 狗%2B.jpg\n".encode()})]
+    )
     example.main(["--shard", str(shard)])
     assert capsys.readouterr().err == ""
 
@@ -285,11 +367,15 @@ def test_only_so_many_samples_are_tried(tmp_path, web, capsys):
 
 
 def test_joined_shard_needs_no_network_and_has_the_original_caption(tmp_path, capsys):
-    shard = write_shard(tmp_path / SHARD, [sample(seed, "http://127.0.0.1:1", joined=True) for seed in range(3)])
+    shard = write_shard(
+        tmp_path / SHARD, [sample(seed, "http://127.0.0.1:1", joined=True) for seed in range(3)]
+    )
     example.main(["--shard", str(shard), "--index", "1", "--augmentation", "29"])
     told = capsys.readouterr()
     assert said(told.out)["caption"] == "original of 1" and told.err == ""
-    assert "augmentation 29 of 30" in told.out and said(told.out)["image_emb"].startswith("[1536] float32 row 29 of 30")
+    assert "augmentation 29 of 30" in told.out and said(told.out)["image_emb"].startswith(
+        "[1536] float32 row 29 of 30"
+    )
 
 
 @pytest.mark.parametrize(
@@ -322,7 +408,9 @@ def test_unequal_widths_are_those_of_the_configs_models(tmp_path, capsys):
     config.write_text(json.dumps({**CONFIG, "model_name": "ViT-B-32,ViT-L-14"}))
     example.main(["--shard", str(joined), "--config", str(config)])
     assert "teacher 1: ViT-L-14" in capsys.readouterr().out
-    assert "1280 numbers in an embedding, and the teachers' widths are 768 and 768" in error_of("--shard", alone)
+    assert "1280 numbers in an embedding, and the teachers' widths are 768 and 768" in error_of(
+        "--shard", alone
+    )
     config.write_text(json.dumps({**CONFIG, "model_name": "ViT-B-32,NoSuchModel"}))
     assert "--teacher-dimension" in error_of("--shard", alone, "--config", config)
     assert capsys.readouterr().err == ""
@@ -385,13 +473,17 @@ def test_sheet_shows_the_original_and_all_that_is_stored(tmp_path, capsys):
     for count in (10, 30):
         _, fewer = sample(0, "", joined=True, augmentations=count)
         shard = write_shard(tmp_path / SHARD, [(key, fewer)])
-        example.main(["--shard", str(shard), "--output", str(tmp_path / "sheet.png"), "--augmentation", "4"])
+        example.main(
+            ["--shard", str(shard), "--output", str(tmp_path / "sheet.png"), "--augmentation", "4"]
+        )
         assert f"{tmp_path}/sheet.png" in capsys.readouterr().out
         with Image.open(tmp_path / "sheet.png") as sheet:
             assert sheet.format == "PNG" and sheet.mode == "RGB" and sheet.width == 1600
             heights[count] = sheet.height
             size = (example.ORIGINAL, example.ORIGINAL)
-            original = ImageOps.contain(Image.open(io.BytesIO(members["jpg"])), size, Image.Resampling.BICUBIC)
+            original = ImageOps.contain(
+                Image.open(io.BytesIO(members["jpg"])), size, Image.Resampling.BICUBIC
+            )
             corner = example.MARGIN
             shown = sheet.crop((corner, corner, corner + original.width, corner + original.height))
             assert shown.tobytes() == original.tobytes()
@@ -399,9 +491,14 @@ def test_sheet_shows_the_original_and_all_that_is_stored(tmp_path, capsys):
     assert heights[30] > heights[10] > 800
 
 
-@pytest.mark.parametrize("captions", [["\x1b[31mred\x07\nline two \ud800", "狗 🐕"], ["long \x9b" * 50_000]])
+@pytest.mark.parametrize(
+    "captions", [["\x1b[31mred\x07\nline two \ud800", "狗 🐕"], ["long \x9b" * 50_000]]
+)
 def test_strange_captions_are_cut_and_do_not_reach_the_terminal(tmp_path, capsys, captions):
-    changed = {"syn.json": json.dumps({"syn_text": captions}).encode(), "txt": ("x" * 100_000).encode()}
+    changed = {
+        "syn.json": json.dumps({"syn_text": captions}).encode(),
+        "txt": ("x" * 100_000).encode(),
+    }
     key, members = sample(0, "", joined=True, captions=len(captions), augmentations=3, **changed)
     shard = write_shard(tmp_path / SHARD, [(key, members)])
     example.main(["--shard", str(shard), "--output", str(tmp_path / "sheet.png")])
@@ -419,7 +516,10 @@ def test_strange_captions_are_cut_and_do_not_reach_the_terminal(tmp_path, capsys
             ["275x236 at 87, 14", "Sharpness -0.27", "TranslateX -30 px"],
         ),
         ([[0, 0, 5, 6], [[0, 0.0], [5, 9.0]]], ["6x5 at 0, 0", "Identity", "Rotate +9°"]),
-        ([[0, 0, 5, 6], [[10, 7.0], [11, 178.5]]], ["6x5 at 0, 0", "Posterize 7 bits", "Solarize from 178"]),
+        (
+            [[0, 0, 5, 6], [[10, 7.0], [11, 178.5]]],
+            ["6x5 at 0, 0", "Posterize 7 bits", "Solarize from 178"],
+        ),
         ([[0, 0, 5, 6], None], ["6x5 at 0, 0"]),
     ],
 )

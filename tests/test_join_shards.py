@@ -25,7 +25,7 @@ import torch
 import webdataset
 from shards import read_shard, stored_embeddings, write_shard
 
-from dr.reinforcement import embeddings
+from dr.sample import embeddings
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "join_shards.py"
@@ -41,14 +41,21 @@ def sha256_of(uid):
 
 
 def caption(uid):
-    return uid, {"url.txt": b"https://example.org/" + uid.encode(), "txt": b"caption of " + uid.encode()}
+    return uid, {
+        "url.txt": b"https://example.org/" + uid.encode(),
+        "txt": b"caption of " + uid.encode(),
+    }
 
 
 def image(number, uid, **about):
     """A sample as img2dataset writes it."""
     key = f"{number:09d}"
     about = {"uid": uid, "key": key, "status": "success", "sha256": sha256_of(uid), **about}
-    return key, {"jpg": image_of(uid), "json": json.dumps(about).encode(), "txt": b"caption of " + uid.encode()}
+    return key, {
+        "jpg": image_of(uid),
+        "json": json.dumps(about).encode(),
+        "txt": b"caption of " + uid.encode(),
+    }
 
 
 def reinforcement(uid, embeddings="npz", **about):
@@ -70,18 +77,27 @@ class Folders:
     """Captions, images and reinforcements of some shards, and where they are joined."""
 
     def __init__(self, folder):
-        self.captions, self.images, self.reinforcements = (folder / name for name in ("captions", "images", "dr"))
+        self.captions, self.images, self.reinforcements = (
+            folder / name for name in ("captions", "images", "dr")
+        )
         self.output = folder / "joined"
 
-    def write(self, name="00000000.tar", uids=(A, B, C), captions=None, images=None, reinforcements=None):
+    def write(
+        self, name="00000000.tar", uids=(A, B, C), captions=None, images=None, reinforcements=None
+    ):
         write_shard(self.captions / name, captions or [caption(uid) for uid in uids])
         write_shard(self.images / name, images or [image(i, uid) for i, uid in enumerate(uids)])
-        write_shard(self.reinforcements / name, reinforcements or [reinforcement(uid) for uid in uids])
+        write_shard(
+            self.reinforcements / name, reinforcements or [reinforcement(uid) for uid in uids]
+        )
 
     def arguments(self, *more, sources=None, output=None):
         sources = sources or (self.captions, self.images, self.reinforcements)
         arguments = [argument for source in sources for argument in ("--source", source)]
-        return [str(argument) for argument in (*arguments, "--output", output or self.output, "--workers", 1, *more)]
+        return [
+            str(argument)
+            for argument in (*arguments, "--output", output or self.output, "--workers", 1, *more)
+        ]
 
     def join(self, *more, output=None, **keywords):
         """Join in this process; the report."""
@@ -114,11 +130,16 @@ def folders(tmp_path):
 
 
 def bytes_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.tar"))}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*.tar"))
+    }
 
 
 def partials(folder):
-    return [path for path in folder.rglob("*") if ".tar." in path.name and path.suffix == ".partial"]
+    return [
+        path for path in folder.rglob("*") if ".tar." in path.name and path.suffix == ".partial"
+    ]
 
 
 # what is joined
@@ -130,7 +151,9 @@ def test_sample_is_the_union_of_its_members_under_its_uid(folders):
     for uid, members in folders.joined().items():
         expected = {**reinforcement(uid)[1], **image(0, uid)[1], **caption(uid)[1]}
         assert {**members, "json": b""} == {**expected, "json": b""}
-        assert json.loads(members["json"])["status"] == "success"  # img2dataset's, from the earlier source
+        assert (
+            json.loads(members["json"])["status"] == "success"
+        )  # img2dataset's, from the earlier source
     assert report["samples"] == 3 and report["left_out"] == {} and report["shards"] == {"joined": 1}
 
 
@@ -162,7 +185,10 @@ def test_torn_samples_of_a_source_become_contiguous(folders):
 
 
 def test_bf16_embeddings_and_every_image_format_make_a_complete_sample(folders):
-    images = [(uid, {extension: image_of(uid)}) for uid, extension in ((A, "png"), (B, "WEBP"), (C, "jpeg"))]
+    images = [
+        (uid, {extension: image_of(uid)})
+        for uid, extension in ((A, "png"), (B, "WEBP"), (C, "jpeg"))
+    ]
     folders.write(images=images, reinforcements=[reinforcement(uid, "pth.gz") for uid in (A, B, C)])
     assert folders.join()["samples"] == 3
     assert "webp" in folders.joined()[B]
@@ -171,12 +197,20 @@ def test_bf16_embeddings_and_every_image_format_make_a_complete_sample(folders):
 def test_missing_and_extra_samples_are_counted_by_reason(folders):
     folders.write(
         captions=[caption(uid) for uid in (A, B)],
-        images=[image(0, A), without("txt", image(1, C)), without("txt", image(2, D, status="failed_to_download"))],
+        images=[
+            image(0, A),
+            without("txt", image(1, C)),
+            without("txt", image(2, D, status="failed_to_download")),
+        ],
         reinforcements=[reinforcement(uid) for uid in (A, B, C)],
     )
     report = folders.join()
     assert list(folders.joined()) == [A]
-    assert report["left_out"] == {"no image": 1, "no caption": 1, "no image, no caption, no reinforcement": 1}
+    assert report["left_out"] == {
+        "no image": 1,
+        "no caption": 1,
+        "no image, no caption, no reinforcement": 1,
+    }
 
 
 @pytest.mark.parametrize("lost", ["syn.json", "paug.json", "npz"])
@@ -187,7 +221,9 @@ def test_half_a_reinforcement_is_none(folders, lost):
 
 def test_keep_incomplete_keeps_every_sample_and_require_the_named_part(folders):
     folders.write(
-        captions=[caption(A), caption(B)], images=[without("txt", image(0, C))], reinforcements=[reinforcement(B)]
+        captions=[caption(A), caption(B)],
+        images=[without("txt", image(0, C))],
+        reinforcements=[reinforcement(B)],
     )
     folders.join("--keep-incomplete")
     assert list(folders.joined()) == [B, A, C]
@@ -206,7 +242,12 @@ def test_equal_duplicates_are_written_once_and_differing_ones_counted(folders):
 def test_sample_that_a_source_holds_twice_is_kept_if_equal_and_left_out_if_not(folders):
     folders.write(
         uids=(A, B),
-        reinforcements=[reinforcement(A), reinforcement(B), reinforcement(A), (B, {"npz": b"other"})],
+        reinforcements=[
+            reinforcement(A),
+            reinforcement(B),
+            reinforcement(A),
+            (B, {"npz": b"other"}),
+        ],
     )
     report = folders.join()
     assert list(folders.joined()) == [A]
@@ -231,7 +272,10 @@ def test_patterns_and_folders_of_shards(folders):
         folders.write(name)
     folders.join()
     assert list(bytes_of(folders.output)) == ["00/0.tar", "00/1.tar", "01/0.tar"]
-    assert json.loads((folders.output / "00" / "sizes.json").read_text()) == {"0.tar": 3, "1.tar": 3}
+    assert json.loads((folders.output / "00" / "sizes.json").read_text()) == {
+        "0.tar": 3,
+        "1.tar": 3,
+    }
     whole = bytes_of(folders.output)
     shutil.rmtree(folders.output)
     folders.join("--shards", "00/{0..1}.tar")
@@ -278,7 +322,9 @@ def test_images_of_unaligned_shards_join_as_if_they_were_aligned(folders, tmp_pa
     assert bytes_of(folders.output) == bytes_of(tmp_path / "aligned")
 
 
-def test_unaligned_images_need_no_more_open_files_and_no_different_hashes(folders, tmp_path, monkeypatch):
+def test_unaligned_images_need_no_more_open_files_and_no_different_hashes(
+    folders, tmp_path, monkeypatch
+):
     folders.write()
     for number, uid in enumerate((C, A, D, B)):
         unaligned(folders, f"{number}.tar", [image(number, uid)])
@@ -347,7 +393,9 @@ def test_index_can_be_built_beforehand(folders):
     folders.write()
     unaligned(folders, "0.tar", [image(0, A)])
     elsewhere = ("--unaligned-source", folders.images.parent / "elsewhere", "--index-only")
-    join_shards.main(folders.arguments(*elsewhere, sources=(folders.captions, folders.reinforcements)))
+    join_shards.main(
+        folders.arguments(*elsewhere, sources=(folders.captions, folders.reinforcements))
+    )
     assert index_of(folders.output).exists() and not bytes_of(folders.output)
 
 
@@ -410,7 +458,10 @@ def test_sizes_lose_no_shard_that_another_task_finishes_meanwhile(folders, monke
 
     monkeypatch.setattr(join_shards, "publish_json", publish)
     join_shards.write_sizes([folders.output])
-    assert json.loads((folders.output / "sizes.json").read_text()) == {"00000000.tar": 3, "00000001.tar": 3}
+    assert json.loads((folders.output / "sizes.json").read_text()) == {
+        "00000000.tar": 3,
+        "00000001.tar": 3,
+    }
 
 
 # bf16
@@ -418,10 +469,17 @@ def test_sizes_lose_no_shard_that_another_task_finishes_meanwhile(folders, monke
 
 def test_bf16_embeddings_are_those_of_the_npz_rounded_to_nearest_even(folders, tmp_path):
     generator = torch.Generator().manual_seed(0)
-    stored = {name: torch.randn(rows, 8, generator=generator) for name, rows in (("image_emb", 4), ("text_emb", 6))}
-    stored["image_emb"][0] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-7, 1, -1, 0, 2**-126, 3.0])  # ties
+    stored = {
+        name: torch.randn(rows, 8, generator=generator)
+        for name, rows in (("image_emb", 4), ("text_emb", 6))
+    }
+    stored["image_emb"][0] = torch.tensor(
+        [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-7, 1, -1, 0, 2**-126, 3.0]
+    )  # ties
     uid, members = reinforcement(A)
-    folders.write(uids=(A,), reinforcements=[(uid, {**members, "npz": stored_embeddings(**stored)})])
+    folders.write(
+        uids=(A,), reinforcements=[(uid, {**members, "npz": stored_embeddings(**stored)})]
+    )
     for output in (folders.output, tmp_path / "again"):
         folders.join("--embeddings", "bf16", output=output)
     sample = folders.joined()[A]
@@ -450,7 +508,10 @@ def test_npz_that_can_not_be_narrowed_costs_its_sample(folders):
     }
     samples = [(uid, {**reinforcement(uid)[1], "npz": data}) for uid, data in bad.items()]
     folders.write(uids=tuple(bad), reinforcements=samples)
-    assert folders.join("--embeddings", "bf16")["left_out"] == {"unreadable npz": 2, "oversized npz": 1}
+    assert folders.join("--embeddings", "bf16")["left_out"] == {
+        "unreadable npz": 2,
+        "oversized npz": 1,
+    }
     assert list(folders.joined()) == [D]
 
 
@@ -458,7 +519,12 @@ def test_torch_is_not_imported_without_bf16(folders):
     folders.write()
     code = "import sys, join_shards\njoin_shards.main(sys.argv[1:])\nassert not {'torch', 'numpy'} & set(sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
-    subprocess.run([sys.executable, "-c", code, *folders.arguments()], env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, *folders.arguments()],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
 
 
 # never a wrong result
@@ -482,19 +548,26 @@ def test_header_is_plain_ustar(folders):
     data = (folders.output / "00000000.tar").read_bytes()
     assert data[257:265] == b"ustar\x0000" and len(data) % 10240 == 0
     with tarfile.open(folders.output / "00000000.tar") as tar:
-        assert {(m.type, m.mode, m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(b"0", 0o644, 0, 0, 0, "")}
+        assert {(m.type, m.mode, m.mtime, m.uid, m.gid, m.uname) for m in tar} == {
+            (b"0", 0o644, 0, 0, 0, "")
+        }
 
 
 @pytest.mark.parametrize("size", [0, 1, 60_000, 8**11 - 1])
-@pytest.mark.parametrize("name", ["a.txt", f"{A}.syn.json", "n" * 96 + ".jpg", "größe.txt", "\udcff.txt"])
+@pytest.mark.parametrize(
+    "name", ["a.txt", f"{A}.syn.json", "n" * 96 + ".jpg", "größe.txt", "\udcff.txt"]
+)
 def test_headers_are_written_and_read_as_tarfile_does(name, size):
     info = tarfile.TarInfo(name)
     info.size = size
     made = join_shards.header(name, size)
     assert made == info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
-    assert shard_members.plain_member(made) == (name, size)
+    assert shard_members.parse_plain_header(made) == (name, size)
     for at in (3, 130, 150, 400):  # any bit that flips shows in the checksum
-        assert shard_members.plain_member(made[:at] + bytes([made[at] ^ 1]) + made[at + 1 :]) is None
+        assert (
+            shard_members.parse_plain_header(made[:at] + bytes([made[at] ^ 1]) + made[at + 1 :])
+            is None
+        )
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs tar")
@@ -514,7 +587,10 @@ def test_webdataset_reads_the_samples(folders):
     folders.join()
     samples = list(webdataset.WebDataset(str(folders.output / "00000000.tar"), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [A, B, C]
-    assert samples[1]["jpg"] == image_of(B) and samples[1]["syn.json"] == reinforcement(B)[1]["syn.json"]
+    assert (
+        samples[1]["jpg"] == image_of(B)
+        and samples[1]["syn.json"] == reinforcement(B)[1]["syn.json"]
+    )
 
 
 def test_finished_shards_are_skipped_and_changed_ones_redone(folders):
@@ -531,7 +607,10 @@ def test_finished_shards_are_skipped_and_changed_ones_redone(folders):
     folders.captions.mkdir()
     write_shard(folders.captions / "00000001.tar", [caption(A)])
     assert folders.join()["shards"] == {"already there": 1, "joined": 1}
-    assert json.loads((folders.output / "sizes.json").read_text()) == {"00000000.tar": 3, "00000001.tar": 1}
+    assert json.loads((folders.output / "sizes.json").read_text()) == {
+        "00000000.tar": 3,
+        "00000001.tar": 1,
+    }
 
     with open(folders.output / "00000001.tar", "ab") as file:
         file.write(b"x")
@@ -562,14 +641,18 @@ def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tm
         "j.main(sys.argv[1:])\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
-    killed = subprocess.run([sys.executable, "-c", slow, *folders.arguments()], env=environment, capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", slow, *folders.arguments()], env=environment, capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL
     assert bytes_of(folders.output) == {name: whole[name] for name in list(whole)[:2]}
     assert len(partials(folders.output)) == 1 and not (folders.output / "sizes.json").exists()
 
     # is killed from outside, with two workers
     command = [sys.executable, str(SCRIPT), *folders.arguments("--workers", 2)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     while len(bytes_of(folders.output)) < 3 and process.poll() is None:
         time.sleep(0.001)
     process.kill()
@@ -589,7 +672,9 @@ def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tm
     report = folders.join()
     assert report["shards"]["already there"] >= 3
     assert bytes_of(folders.output) == whole and partials(folders.output) == []
-    assert (folders.output / "sizes.json").read_text() == (tmp_path / "undisturbed" / "sizes.json").read_text()
+    assert (folders.output / "sizes.json").read_text() == (
+        tmp_path / "undisturbed" / "sizes.json"
+    ).read_text()
 
 
 def test_recheck_finds_a_flipped_byte_and_joins_that_shard_again(folders, capsys):
@@ -611,7 +696,11 @@ def test_recheck_without_sources_tells_a_whole_tar_from_a_broken_one(folders):
     for name in ("00000000.tar", "00000001.tar"):
         (folders.images / name).unlink()
     assert folders.join("--recheck")["shards"] == {"already there": 2}
-    overwrite(folders.output / "00000001.tar", second_member(folders.output / "00000001.tar"), b"rubbish" * 70)
+    overwrite(
+        folders.output / "00000001.tar",
+        second_member(folders.output / "00000001.tar"),
+        b"rubbish" * 70,
+    )
     failed = folders.join_failing("--recheck")["failed"]
     assert list(failed) == ["00000001.tar"] and "damaged" in failed["00000001.tar"]
 
@@ -682,10 +771,19 @@ def double(path):
 BAD_SHARDS = {
     "zero bytes": (lambda path: os.truncate(path, 0), "empty file"),
     "cut in a header": (lambda path: os.truncate(path, 300), "truncated header"),
-    "cut in a member": (lambda path: os.truncate(path, second_member(path) + 600), "unexpected end of data"),
+    "cut in a member": (
+        lambda path: os.truncate(path, second_member(path) + 600),
+        "unexpected end of data",
+    ),
     "cut between members": (lambda path: os.truncate(path, second_member(path)), "no end mark"),
-    "zeros from some point on": (lambda path: overwrite(path, second_member(path), bytes(3 << 20)), "damaged"),
-    "rubbish for a header": (lambda path: overwrite(path, second_member(path), b"rubbish" * 70), "damaged"),
+    "zeros from some point on": (
+        lambda path: overwrite(path, second_member(path), bytes(3 << 20)),
+        "damaged",
+    ),
+    "rubbish for a header": (
+        lambda path: overwrite(path, second_member(path), b"rubbish" * 70),
+        "damaged",
+    ),
     "two tars in one file": (double, "several in one file"),
     "not a tar": (lambda path: path.write_bytes(b"<html>404</html>" * 1000), "not a whole tar"),
     "compressed": (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(3000)), "not a whole tar"),
@@ -702,11 +800,17 @@ def test_bad_shard_fails_with_one_line_and_the_others_go_on(folders, which, case
         folders.write(f"{number:08d}.tar")
     damage(getattr(folders, which) / "00000001.tar")
     report = folders.join_failing("--shards", "{00000000..00000002}.tar")
-    assert list(bytes_of(folders.output)) == ["00000000.tar", "00000002.tar"] and partials(folders.output) == []
+    assert (
+        list(bytes_of(folders.output)) == ["00000000.tar", "00000002.tar"]
+        and partials(folders.output) == []
+    )
     assert list(report["failed"]) == ["00000001.tar"] and line in report["failed"]["00000001.tar"]
     errors = capsys.readouterr().err
     assert errors.count("failed: ") == 1 and "Traceback" not in errors
-    assert json.loads((folders.output / "sizes.json").read_text()) == {"00000000.tar": 3, "00000002.tar": 3}
+    assert json.loads((folders.output / "sizes.json").read_text()) == {
+        "00000000.tar": 3,
+        "00000002.tar": 3,
+    }
 
 
 def test_failed_shard_is_joined_when_its_source_is_mended(folders):
@@ -731,11 +835,24 @@ BAD_MEMBERS = {
     "folder": (member(f"pictures/{B}.png"), "a member name with a folder or control character"),
     "backslash": (member(f"..\\{B}.png"), "a member name with a folder or control character"),
     "newline": (member(f"{B}.p\nng"), "a member name with a folder or control character"),
-    "symbolic link": (member(f"{B}.png", tarfile.SYMTYPE, linkname="/etc/hosts"), "a member that is not a plain file"),
-    "hard link": (member(f"{B}.png", tarfile.LNKTYPE, linkname=f"{A}.txt"), "a member that is not a plain file"),
+    "symbolic link": (
+        member(f"{B}.png", tarfile.SYMTYPE, linkname="/etc/hosts"),
+        "a member that is not a plain file",
+    ),
+    "hard link": (
+        member(f"{B}.png", tarfile.LNKTYPE, linkname=f"{A}.txt"),
+        "a member that is not a plain file",
+    ),
     "device": (member(f"{B}.png", tarfile.CHRTYPE), "a member that is not a plain file"),
     "sparse": (
-        member(f"{B}.png", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": "9", "GNU.sparse.numblocks": "1"}),
+        member(
+            f"{B}.png",
+            pax_headers={
+                "GNU.sparse.map": "0,1",
+                "GNU.sparse.size": "9",
+                "GNU.sparse.numblocks": "1",
+            },
+        ),
         "a member that is not a plain file",
     ),
     "long name": (member(f"{B}.{'p' * 100}"), "a name of over 100 bytes"),
@@ -743,9 +860,18 @@ BAD_MEMBERS = {
     "not text": (member(f"{B}.json", data=b"\xff\x00\x80"), "an unreadable json"),
     "deep json": (member(f"{B}.json", data=b"[" * 200_000), "an unreadable json"),
     "huge json": (member(f"{B}.json", data=b" " * 10_000_001), "an unreadable json"),
-    "uid that is a path": (member(f"{B}.json", data=b'{"uid": "../b"}'), "a uid that can't be a file name"),
-    "uid that is no text": (member(f"{B}.json", data=b'{"uid": "\\ud800"}'), "a uid that can't be a file name"),
-    "uid that is a number": (member(f"{B}.json", data=b'{"uid": 7}'), "a uid that can't be a file name"),
+    "uid that is a path": (
+        member(f"{B}.json", data=b'{"uid": "../b"}'),
+        "a uid that can't be a file name",
+    ),
+    "uid that is no text": (
+        member(f"{B}.json", data=b'{"uid": "\\ud800"}'),
+        "a uid that can't be a file name",
+    ),
+    "uid that is a number": (
+        member(f"{B}.json", data=b'{"uid": 7}'),
+        "a uid that can't be a file name",
+    ),
 }
 
 
@@ -772,7 +898,9 @@ def test_members_packed_from_a_folder_and_stray_files_do_no_harm(folders):
             tar.addfile(member(name)[0], io.BytesIO(b"x"))
         for uid in (A, B, C):
             for extension, data in caption(uid)[1].items():
-                info, data = member(f"./{uid}.{extension}", data=data, mtime=1.5)  # a float: a PAX header
+                info, data = member(
+                    f"./{uid}.{extension}", data=data, mtime=1.5
+                )  # a float: a PAX header
                 tar.addfile(info, io.BytesIO(data))
     assert folders.join()["samples"] == 3
 
@@ -780,7 +908,9 @@ def test_members_packed_from_a_folder_and_stray_files_do_no_harm(folders):
 def test_member_of_negative_size_fails_the_shard(folders):
     folders.write()
     header = bytearray((folders.captions / "00000000.tar").read_bytes()[:512])
-    header[124:136] = b"\xff" * 10 + b"\xfc\x00"  # -1024 in base 256: tarfile would read this header again and again
+    header[124:136] = (
+        b"\xff" * 10 + b"\xfc\x00"
+    )  # -1024 in base 256: tarfile would read this header again and again
     header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
     overwrite(folders.captions / "00000000.tar", 0, header)
     assert "negative size" in folders.join_failing()["failed"]["00000000.tar"]
@@ -812,7 +942,11 @@ def test_file_size_limit_fails_the_large_shard_and_leaves_nothing(folders):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
     run = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.count("failed: ") == 1 and "00000000.tar: failed: " in run.stderr
+    assert (
+        run.returncode == 1
+        and run.stderr.count("failed: ") == 1
+        and "00000000.tar: failed: " in run.stderr
+    )
     assert "Traceback" not in run.stderr
     assert list(bytes_of(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
 
@@ -830,7 +964,12 @@ def test_full_file_system_fails_what_does_not_fit_and_leaves_nothing_half(folder
     run = subprocess.run(["unshare", "-rm", "sh", "-c", shell], capture_output=True, text=True)
     assert "00000000.tar: failed: [Errno 28] No space left on device" in run.stderr
     lines = run.stdout.splitlines()
-    assert lines[lines.index("status 1") + 1 :] == [".joined", "00000001.tar", "join_report.json", "sizes.json"]
+    assert lines[lines.index("status 1") + 1 :] == [
+        ".joined",
+        "00000001.tar",
+        "join_report.json",
+        "sizes.json",
+    ]
 
 
 def test_shard_with_nothing_left_fails(folders):
@@ -843,12 +982,22 @@ def test_shard_with_nothing_left_fails(folders):
 
 @pytest.mark.parametrize(
     ("forgotten", "script"),
-    [("images", "download_images.sh"), ("captions", "download_datacompdr12m.sh"), ("reinforcements", "reinforce.py")],
+    [
+        ("images", "download_images.sh"),
+        ("captions", "download_datacompdr12m.sh"),
+        ("reinforcements", "reinforce.py"),
+    ],
 )
 def test_forgotten_source_is_an_error_that_says_what_gets_it(folders, forgotten, script):
     folders.write(images=[(uid, {"jpg": image_of(uid)}) for uid in (A, B, C)])
-    sources = [getattr(folders, name) for name in ("captions", "images", "reinforcements") if name != forgotten]
-    with pytest.raises(SystemExit, match=rf"no source holds a sample's {forgotten[:-1]}(?s:.)*{script}"):
+    sources = [
+        getattr(folders, name)
+        for name in ("captions", "images", "reinforcements")
+        if name != forgotten
+    ]
+    with pytest.raises(
+        SystemExit, match=rf"no source holds a sample's {forgotten[:-1]}(?s:.)*{script}"
+    ):
         folders.join(sources=sources)
     assert not folders.output.exists()
 
@@ -913,12 +1062,16 @@ def run_face(folders, *arguments, face=("scripts/join_datacompdr12m.sh",), size=
         **variables,
     }
     command = ["bash", str(ROOT / face[0]), *face[1:], *arguments]
-    return subprocess.run(command, env=environment, cwd=folders.images.parent, capture_output=True, text=True)
+    return subprocess.run(
+        command, env=environment, cwd=folders.images.parent, capture_output=True, text=True
+    )
 
 
 def test_shell_face_joins_what_its_variables_name(folders):
     for number in range(3):
-        folders.write(f"{number:08d}.tar", images=[image(0, A), image(1, B), image(2, C, sha256="0")])
+        folders.write(
+            f"{number:08d}.tar", images=[image(0, A), image(1, B), image(2, C, sha256="0")]
+        )
     run = run_face(folders, "--verify-hash", SHARDS="{00000001..00000002}.tar", WORKERS="2")
     assert run.returncode == 0, run.stderr
     assert "samples joined" in run.stdout
@@ -940,7 +1093,11 @@ def test_shell_face_tells_its_exit_status_and_help(folders):
     (folders.images / "00000000.tar").write_bytes(b"")
     assert run_face(folders).returncode == 1
     told = run_face(folders, "--help")
-    assert told.returncode == 0 and "DATACOMP12M_IMAGES_PATH" in told.stdout and "--verify-hash" in told.stdout
+    assert (
+        told.returncode == 0
+        and "DATACOMP12M_IMAGES_PATH" in told.stdout
+        and "--verify-hash" in told.stdout
+    )
 
 
 def test_shell_face_of_1b_mirrors_the_folders(folders):
@@ -948,7 +1105,11 @@ def test_shell_face_of_1b_mirrors_the_folders(folders):
         folders.write(name)
     run = run_face(folders, face=("scripts/join_datacompdr1b.sh",), size="1B")
     assert run.returncode == 0, run.stderr
-    assert list(bytes_of(folders.output)) == ["00/00000000.tar", "00/00000001.tar", "65/00000000.tar"]
+    assert list(bytes_of(folders.output)) == [
+        "00/00000000.tar",
+        "00/00000001.tar",
+        "65/00000000.tar",
+    ]
     assert json.loads((folders.output / "65" / "sizes.json").read_text()) == {"00000000.tar": 3}
 
 
@@ -966,8 +1127,14 @@ def test_slurm_array_joins_all_and_its_report_says_so(folders):
         folders.write(f"{number:08d}.tar")
     face = ("scripts/join_slurm.sh", "scripts/join_datacompdr12m.sh")
     for task in "12":
-        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
-        run = run_face(folders, face=face, **array, SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="1")
+        array = {
+            "SLURM_ARRAY_TASK_ID": task,
+            "SLURM_ARRAY_TASK_MIN": "1",
+            "SLURM_ARRAY_TASK_COUNT": "2",
+        }
+        run = run_face(
+            folders, face=face, **array, SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="1"
+        )
         assert run.returncode == 0, run.stderr
     assert run_face(folders, "--report").returncode == 0
     assert folders.report()["shards"] == {"joined": 4} and folders.report()["tasks"] == 2
@@ -977,8 +1144,15 @@ def test_slurm_array_joins_all_and_its_report_says_so(folders):
 
 
 def test_benchmark_prints_its_table_and_leaves_nothing(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark_join.py"), "--folder", str(tmp_path)]
-    run = subprocess.run([*command, "--samples", "5", "--runs", "1"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "benchmark_join.py"),
+        "--folder",
+        str(tmp_path),
+    ]
+    run = subprocess.run(
+        [*command, "--samples", "5", "--runs", "1"], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     for way in ("| 1 | cat |", "| 2 | unpack and pack |", "| 2 | join |", "largest rounding error"):
         assert way in run.stdout

@@ -28,7 +28,11 @@ from dr.loader import PassLoader
 from dr.sampling import Order
 
 PREPROCESS = T.Compose(
-    [T.RandomResizedCrop(24, interpolation=T.InterpolationMode.BICUBIC), T.ToTensor(), T.Normalize((0.5,), (0.2,))]
+    [
+        T.RandomResizedCrop(24, interpolation=T.InterpolationMode.BICUBIC),
+        T.ToTensor(),
+        T.Normalize((0.5,), (0.2,)),
+    ]
 )
 
 
@@ -70,7 +74,9 @@ def loader(data, tmp_path, **changes):
 def digests(batches):
     """Of whatever a batch holds, the order of the batches included."""
     return [
-        hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in batch)).hexdigest()
+        hashlib.sha256(
+            b"".join(tensor.contiguous().numpy().tobytes() for tensor in batch)
+        ).hexdigest()
         for batch in batches
     ]
 
@@ -103,8 +109,15 @@ def test_what_a_sample_is_in_a_pass_depends_on_no_rank_or_worker(data, tmp_path)
     def by_sample(world_size, workers, batch_size):
         found = {}
         for rank in range(world_size):
-            given = {"world_size": world_size, "rank": rank, "workers": workers, "batch_size": batch_size}
-            for images, texts, image_emb, _, _ in loader(data, tmp_path, train_num_samples=126, **given):
+            given = {
+                "world_size": world_size,
+                "rank": rank,
+                "workers": workers,
+                "batch_size": batch_size,
+            }
+            for images, texts, image_emb, _, _ in loader(
+                data, tmp_path, train_num_samples=126, **given
+            ):
                 for image, text, row in zip(images, texts, image_emb[:, 0].tolist(), strict=True):
                     sample = text[0, 1].item()
                     found.setdefault(sample, {})[round((row - sample) * 64)] = (
@@ -114,7 +127,9 @@ def test_what_a_sample_is_in_a_pass_depends_on_no_rank_or_worker(data, tmp_path)
         return found
 
     alone = by_sample(1, 0, 9)
-    assert len(alone) == 63 and all(len(passes) == 2 for passes in alone.values())  # another augmentation in each pass
+    assert len(alone) == 63 and all(
+        len(passes) == 2 for passes in alone.values()
+    )  # another augmentation in each pass
     several = by_sample(2, 3, 3)
     assert all(alone[sample].items() & passes.items() for sample, passes in several.items())
     same = sum(len(alone[sample].items() & passes.items()) for sample, passes in several.items())
@@ -125,18 +140,29 @@ def plain_shards(folder, number=40):
     for shard in range(2):
         seeds = range(shard * number // 2, (shard + 1) * number // 2)
         samples = [
-            (uid(seed), {"jpg": encode(picture(seed)), "txt": f"caption 0 of {seed}".encode(), "json": b"{}"})
+            (
+                uid(seed),
+                {
+                    "jpg": encode(picture(seed)),
+                    "txt": f"caption 0 of {seed}".encode(),
+                    "json": b"{}",
+                },
+            )
             for seed in seeds
         ]
         write_shard(folder / f"{shard}.tar", samples)
     return folder
 
 
-def test_plain_training_sees_each_sample_once_a_pass_and_leaves_the_trainers_generators_alone(tmp_path):
+def test_plain_training_sees_each_sample_once_a_pass_and_leaves_the_trainers_generators_alone(
+    tmp_path,
+):
     folder = plain_shards(tmp_path / "plain")
     torch.manual_seed(5)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    batches = loader(folder, tmp_path, dataset_reinforcement=False, batch_size=8, train_num_samples=80)
+    batches = loader(
+        folder, tmp_path, dataset_reinforcement=False, batch_size=8, train_num_samples=80
+    )
     assert len(batches) == 10 and batches.num_samples == 80
     found = list(batches)
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
@@ -147,7 +173,9 @@ def test_plain_training_sees_each_sample_once_a_pass_and_leaves_the_trainers_gen
     images = torch.cat([images for images, _ in found])
     first, second = (images[torch.tensor(samples[at : at + 40]).argsort() + at] for at in (0, 40))
     assert (first != second).flatten(1).any(1).all()  # other crops in the second pass
-    again = loader(folder, tmp_path, dataset_reinforcement=False, batch_size=8, train_num_samples=80, workers=1)
+    again = loader(
+        folder, tmp_path, dataset_reinforcement=False, batch_size=8, train_num_samples=80, workers=1
+    )
     assert digests(again) == digests(found)
 
 
@@ -169,7 +197,9 @@ def test_epochs_go_on_where_the_last_one_stopped(data, tmp_path):
 def test_a_worker_that_finds_nothing_usable_stops_the_run(tmp_path):
     members = {**reinforced_sample(0), "jpg": b"gone"}
     write_shard(tmp_path / "data" / "0.tar", [(uid(seed), members) for seed in range(30)])
-    with pytest.raises(RuntimeError, match=r"not one sample can be used. Found: \d+ x undecodable image"):
+    with pytest.raises(
+        RuntimeError, match=r"not one sample can be used. Found: \d+ x undecodable image"
+    ):
         next(iter(loader(tmp_path / "data", tmp_path)))
 
 
@@ -225,10 +255,15 @@ def test_a_resumed_loader_goes_on_at_the_next_batch(data, tmp_path, workers, ste
 
 def test_another_seed_other_shards_or_other_sizes_are_refused_and_told(data, tmp_path):
     part = loader(data, tmp_path)
-    with pytest.raises(SystemExit, match=r"error: --seed 1, but .*epoch_0_step_2.pt was written with --seed 0"):
+    with pytest.raises(
+        SystemExit, match=r"error: --seed 1, but .*epoch_0_step_2.pt was written with --seed 0"
+    ):
         loader(data, tmp_path, seed=1, resume=saved(tmp_path, part, 2))
     for names, message in (
-        ([*part.names[:2], "other.tar"], r"3 shards, --train-data has 3. What differs: 00000002.tar, other.tar"),
+        (
+            [*part.names[:2], "other.tar"],
+            r"3 shards, --train-data has 3. What differs: 00000002.tar, other.tar",
+        ),
         (part.names[::-1], "What differs: their order"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -238,7 +273,9 @@ def test_another_seed_other_shards_or_other_sizes_are_refused_and_told(data, tmp
     sizes = (data / "sizes.json").read_text()
     (data / "sizes.json").write_text('{"00000001.tar": 22}')
     try:
-        with pytest.raises(SystemExit, match=r"00000001.tar had 21 samples when .* sizes.json says 22 now"):
+        with pytest.raises(
+            SystemExit, match=r"00000001.tar had 21 samples when .* sizes.json says 22 now"
+        ):
             loader(data, tmp_path, resume=saved(tmp_path, part, 2))
     finally:
         (data / "sizes.json").write_text(sizes)
@@ -249,16 +286,23 @@ def test_a_shard_that_has_vanished_does_not_keep_a_run_from_being_resumed(tmp_pa
     part = loader(tmp_path / "data", tmp_path)
     path, names = saved(tmp_path, part, 0), shards(tmp_path / "data")
     os.remove(names[0])
-    resumed = PassLoader(options(tmp_path, resume=path, train_num_samples=10), PREPROCESS, tokenizer, names)
+    resumed = PassLoader(
+        options(tmp_path, resume=path, train_num_samples=10), PREPROCESS, tokenizer, names
+    )
     assert resumed.sizes == [10, 10] and len(list(resumed)) == 2
 
 
 def test_too_many_skipped_samples_stop_the_run_and_are_listed(tmp_path):
     for shard in range(2):
         seeds = range(100 * shard, 100 * shard + 100)
-        samples = [(uid(seed), reinforced_sample(seed) | ({"txt": b" "} if seed % 4 == 0 else {})) for seed in seeds]
+        samples = [
+            (uid(seed), reinforced_sample(seed) | ({"txt": b" "} if seed % 4 == 0 else {}))
+            for seed in seeds
+        ]
         write_shard(tmp_path / "data" / f"{shard}.tar", samples)
     batches = loader(tmp_path / "data", tmp_path, max_skipped_fraction=0.2)
-    with pytest.raises(RuntimeError, match=r"more than --max-skipped-fraction 0.2\): \d+ x empty caption"):
+    with pytest.raises(
+        RuntimeError, match=r"more than --max-skipped-fraction 0.2\): \d+ x empty caption"
+    ):
         list(batches)
     assert len(list(loader(tmp_path / "data", tmp_path, max_skipped_fraction=0.3))) == 40

@@ -56,11 +56,17 @@ def test_known_answers_are_met(monkeypatch, case, chunk):
         if case[f"grad_{name}"] is None:
             assert tensor.grad is None
         else:
-            close(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad, case[f"grad_{name}"])
+            close(
+                torch.zeros_like(tensor) if tensor.grad is None else tensor.grad,
+                case[f"grad_{name}"],
+            )
 
 
 def batch(size=6):
-    return [FEATURES[name][:size] for name in ("image", "text", "dist_image", "dist_text", "syn", "dist_syn")]
+    return [
+        FEATURES[name][:size]
+        for name in ("image", "text", "dist_image", "dist_text", "syn", "dist_syn")
+    ]
 
 
 def call(loss, image, text, dist_image, dist_text, syn, dist_syn, scale=14.0):
@@ -97,17 +103,23 @@ def test_one_teacher_needs_no_dimension():
 
 def test_a_term_without_weight_is_zero_and_teachers_get_no_gradient():
     args = [features.clone().requires_grad_() for features in batch()]
-    contrastive, distill = call(DRClipLoss(distill_loss_weights=[0.0, 1.0], dist_logit_scale=9.0), *args)
+    contrastive, distill = call(
+        DRClipLoss(distill_loss_weights=[0.0, 1.0], dist_logit_scale=9.0), *args
+    )
     assert contrastive == 0
     distill.backward()
     assert args[2].grad is None and args[3].grad is None and args[5].grad is None
-    assert call(DRClipLoss(distill_loss_weights=[1.0, 0.0]), *args)[1] == 0  # and needs no teacher scale
+    assert (
+        call(DRClipLoss(distill_loss_weights=[1.0, 0.0]), *args)[1] == 0
+    )  # and needs no teacher scale
 
 
 def test_contrastive_half_is_that_of_openclip():
     open_clip_loss = pytest.importorskip("open_clip.loss")
     image, text, dist_image, dist_text, _, _ = batch()
-    ours = DRClipLoss(distill_loss_weights=[1.0, 0.0])(image, text, torch.tensor(14.0), dist_image, dist_text)[0]
+    ours = DRClipLoss(distill_loss_weights=[1.0, 0.0])(
+        image, text, torch.tensor(14.0), dist_image, dist_text
+    )[0]
     close(ours, open_clip_loss.ClipLoss()(image, text, torch.tensor(14.0)))
 
 
@@ -140,17 +152,29 @@ def test_settings_that_can_never_run_are_refused_at_once():
     with pytest.raises(ValueError, match="horovod"):
         DRClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="go together"):
-        DRClipLoss(dist_logit_scale=1.0)(*batch()[:2], torch.tensor(1.0), *batch()[2:4], syn_text_features=batch()[4])
+        DRClipLoss(dist_logit_scale=1.0)(
+            *batch()[:2], torch.tensor(1.0), *batch()[2:4], syn_text_features=batch()[4]
+        )
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_the_loss_and_its_gradients_are_the_same_on_several_processes(processes, tmp_path):
     """A real torchrun over gloo; what each rank checks stands in tests/distributed_loss.py."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, str(ROOT / "tests" / "distributed_loss.py")], env=env, capture_output=True, text=True, timeout=300
+        [*torchrun, str(ROOT / "tests" / "distributed_loss.py")],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("all settings agree") == processes
@@ -166,12 +190,25 @@ def test_labels_may_be_cached_while_the_batch_size_changes():
 
 
 # --- gradients without a matrix of local × global batch ---------------------------------------------------------------
-def formula(image, text, dist_image, dist_text, syn, dist_syn, weights, scale, dims=GOLDEN["teacher_dimension"]):
+def formula(
+    image,
+    text,
+    dist_image,
+    dist_text,
+    syn,
+    dist_syn,
+    weights,
+    scale,
+    dims=GOLDEN["teacher_dimension"],
+):
     """(contrastive, distill) as the paper has them, average after softmax, for autograd."""
     labels = torch.arange(len(image))
     contrastive = distill = 0.0
     for student, teacher in ((text, dist_text), (syn, dist_syn)):
-        for a, b, ta, tb in ((image, student, dist_image, teacher), (student, image, teacher, dist_image)):
+        for a, b, ta, tb in (
+            (image, student, dist_image, teacher),
+            (student, image, teacher, dist_image),
+        ):
             logits = scale * a @ b.T
             teachers = zip(ta.split(dims, 1), tb.split(dims, 1), strict=True)
             target = sum((30.0 * x @ y.T).softmax(1) for x, y in teachers) / len(dims)
@@ -181,7 +218,9 @@ def formula(image, text, dist_image, dist_text, syn, dist_syn, weights, scale, d
 
 
 def students_and_scale():
-    image, text, dist_image, dist_text, syn, dist_syn = (features.double().float() for features in batch())
+    image, text, dist_image, dist_text, syn, dist_syn = (
+        features.double().float() for features in batch()
+    )
     leaves = [
         image.requires_grad_(),
         text.requires_grad_(),
@@ -193,7 +232,9 @@ def students_and_scale():
 
 @pytest.mark.parametrize("chunk", [1, 13, 10**6])
 @pytest.mark.parametrize("weights", [(0.25, 0.75), (0.0, 1.0), (1.0, 0.0)])
-@pytest.mark.parametrize("outer", [(1.0, 1.0), (65536.0, 65536.0), (2.0, 3.0), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    "outer", [(1.0, 1.0), (65536.0, 65536.0), (2.0, 3.0), (1.0, 0.0), (0.0, 1.0)]
+)
 def test_gradients_are_the_formulas_whatever_the_chunk_and_the_gradient_of_each_loss(
     monkeypatch, chunk, weights, outer
 ):
@@ -231,7 +272,9 @@ def test_one_and_three_teachers_in_chunks_of_two_rows_and_one(monkeypatch, teach
     )
     actual = sum(call_with(loss, args, leaves[-1]))
     close(actual, expected.detach())
-    for ours, theirs in zip(*(torch.autograd.grad(value, leaves) for value in (actual, expected)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad(value, leaves) for value in (actual, expected)), strict=True
+    ):
         close(ours, theirs)
 
 
@@ -261,26 +304,37 @@ class LiveBytes(TorchDispatchMode):
             address, self.bytes[storage.data_ptr()] = storage.data_ptr(), storage.nbytes()
             self.held[address] += 1
             weakref.finalize(tensor, self.release, address)
-        self.peak = max(self.peak, sum(self.bytes[address] for address, count in self.held.items() if count > 0))
+        self.peak = max(
+            self.peak, sum(self.bytes[address] for address, count in self.held.items() if count > 0)
+        )
         return out
 
     def release(self, address):
         self.held[address] -= 1
 
 
-@pytest.mark.parametrize(("weights", "matrices"), [((0.25, 0.75), 3), ((0.0, 1.0), 3), ((1.0, 0.0), 2)])
-def test_of_local_times_global_batch_only_chunks_are_in_memory_and_few_of_them(monkeypatch, weights, matrices):
+@pytest.mark.parametrize(
+    ("weights", "matrices"), [((0.25, 0.75), 3), ((0.0, 1.0), 3), ((1.0, 0.0), 2)]
+)
+def test_of_local_times_global_batch_only_chunks_are_in_memory_and_few_of_them(
+    monkeypatch, weights, matrices
+):
     size, rows = 512, 64
     monkeypatch.setattr("dr.loss.CHUNK", {"cpu": rows * size})
     features = [F.normalize(torch.randn(size, 4), dim=1) for _ in range(6)]
     image, text, syn = (f.requires_grad_() for f in features[:3])
     loss = DRClipLoss(
-        teacher_dimension=[2, 2], distill_loss_weights=weights, dist_logit_scale=30.0, average_after_softmax=True
+        teacher_dimension=[2, 2],
+        distill_loss_weights=weights,
+        dist_logit_scale=30.0,
+        average_after_softmax=True,
     )
     with LiveBytes() as live:
         sum(loss(image, text, torch.tensor(9.0), *features[3:5], syn, features[5])).backward()
     matrix = 4 * rows * size
-    assert matrices * matrix < live.peak < (matrices + 1) * matrix  # features and gradients are less than one
+    assert (
+        matrices * matrix < live.peak < (matrices + 1) * matrix
+    )  # features and gradients are less than one
 
 
 def call_with(loss, args, scale):
@@ -294,7 +348,9 @@ def test_nothing_as_large_as_local_times_global_batch_is_kept_for_the_backward_p
     image, text, syn = (f.requires_grad_() for f in features[:3])
     loss = DRClipLoss(teacher_dimension=[2, 2], dist_logit_scale=30.0, average_after_softmax=True)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()), lambda _: None
+    ):
         losses = loss(image, text, torch.tensor(9.0), *features[3:5], syn, features[5])
     kept += [gradient.numel() for gradient in losses[0].grad_fn.gradients]
     assert len(kept) >= 8 and max(kept) == size * width

@@ -9,7 +9,11 @@ from shards import AUGMENTATION
 
 CONFIG = ROOT / "configs" / "datacompdr12m.json"
 GOOD = f"--dataset-reinforcement --dataset-reinforcement-config {CONFIG} --distill-logit-scale 100"
-NO_CROP = {"reinforce": {"image_augmentation": {n: a for n, a in AUGMENTATION.items() if n != "random_resized_crop"}}}
+NO_CROP = {
+    "reinforce": {
+        "image_augmentation": {n: a for n, a in AUGMENTATION.items() if n != "random_resized_crop"}
+    }
+}
 UNKNOWN = {"reinforce": {"image_augmentation": {"colour_jitter": {}}}}
 REFUSED = [
     ("--dataset-reinforcement --distill-logit-scale 100", ["needs --dataset-reinforcement-config"]),
@@ -90,7 +94,12 @@ for line in json.loads(sys.stdin.read()):
 def outcomes(tree, tmp_path_factory):
     """What the patched trainer's own parser says of each command line."""
     folder = tmp_path_factory.mktemp("configs")
-    files = {"no_crop": json.dumps(NO_CROP), "unknown": json.dumps(UNKNOWN), "no_json": "{", "other": '{"a": 1}'}
+    files = {
+        "no_crop": json.dumps(NO_CROP),
+        "unknown": json.dumps(UNKNOWN),
+        "no_json": "{",
+        "other": '{"a": 1}',
+    }
     for name, text in files.items():
         (folder / name).write_text(text)
     names = {name: folder / name for name in files}

@@ -26,11 +26,17 @@ NAMES = [f"{number:08d}.tar" for number in range(SHARDS)]
 def make(output, *options):
     command = [sys.executable, SCRIPT, "--output", output, "--limit", LIMIT, "--held-out", HELD_OUT]
     command += ["--shards", SHARDS, "--size", SIZE, *options]
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+    return subprocess.run(
+        [str(part) for part in command], check=True, capture_output=True, text=True
+    )
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def samples(path):
@@ -72,11 +78,20 @@ def training_names():
 
 
 def test_sizes_json_counts_the_samples_of_every_shard(data, captions, images, held_out):
-    for folder, shards in ((data / "DataComp-12M", captions), (data / "DataComp-12M-images", images)):
+    for folder, shards in (
+        (data / "DataComp-12M", captions),
+        (data / "DataComp-12M-images", images),
+    ):
         assert sorted(path.name for path in folder.iterdir()) == [*NAMES, "sizes.json"]
         counts = {name: len(shard) for name, shard in shards.items()}
-        assert json.loads((folder / "sizes.json").read_text()) == counts == dict.fromkeys(NAMES, LIMIT // SHARDS)
-    assert json.loads((data / "held_out" / "sizes.json").read_text()) == {"00000000.tar": len(held_out)}
+        assert (
+            json.loads((folder / "sizes.json").read_text())
+            == counts
+            == dict.fromkeys(NAMES, LIMIT // SHARDS)
+        )
+    assert json.loads((data / "held_out" / "sizes.json").read_text()) == {
+        "00000000.tar": len(held_out)
+    }
     assert len(held_out) == HELD_OUT
 
 
@@ -91,7 +106,9 @@ def test_caption_shards_are_keyed_by_uid_and_hold_no_image(captions):
 
 def test_image_shards_are_what_img2dataset_writes(captions, images):
     for number, name in enumerate(NAMES):
-        assert [key for key, _ in images[name]] == [f"{number:05d}{i:04d}" for i in range(len(images[name]))]
+        assert [key for key, _ in images[name]] == [
+            f"{number:05d}{i:04d}" for i in range(len(images[name]))
+        ]
         for key, members in images[name]:
             assert list(members) == ["jpg", "json"]
             about = json.loads(members["json"])
@@ -107,22 +124,32 @@ def test_image_shards_are_what_img2dataset_writes(captions, images):
 
 
 def test_captions_are_unique_over_training_and_held_out(captions, held_out):
-    everything = [members["txt"] for shard in (*captions.values(), held_out) for _, members in shard]
+    everything = [
+        members["txt"] for shard in (*captions.values(), held_out) for _, members in shard
+    ]
     assert len(set(everything)) == len(everything) == LIMIT + HELD_OUT
 
 
 def test_held_out_pictures_are_in_no_training_shard(images, held_out):
     training = [members for shard in images.values() for _, members in shard]
-    assert not {key for key, _ in held_out} & {json.loads(members["json"])["uid"] for members in training}
-    assert not {members["jpg"] for _, members in held_out} & {members["jpg"] for members in training}
+    assert not {key for key, _ in held_out} & {
+        json.loads(members["json"])["uid"] for members in training
+    }
+    assert not {members["jpg"] for _, members in held_out} & {
+        members["jpg"] for members in training
+    }
     for key, members in held_out:
         assert list(members) == ["jpg", "txt", "json"]
         assert json.loads(members["json"])["uid"] == key
 
 
 def test_every_training_picture_has_five_synthetic_captions(data, captions):
-    lines = [json.loads(line) for line in (data / "synthetic_captions.jsonl").read_text().splitlines()]
-    originals = {key: members["txt"].decode() for shard in captions.values() for key, members in shard}
+    lines = [
+        json.loads(line) for line in (data / "synthetic_captions.jsonl").read_text().splitlines()
+    ]
+    originals = {
+        key: members["txt"].decode() for shard in captions.values() for key, members in shard
+    }
     assert sorted(line["uid"] for line in lines) == sorted(originals)
     for line in lines:
         assert len(set(line["syn_text"])) == 5
@@ -134,7 +161,9 @@ def test_synthetic_captions_say_the_skin_tones_and_genders_of_the_caption():
         _, tones = quickstart_data.split_tones(name)
         for caption in quickstart_data.synthetic_captions(name, codes, aliases, 0):
             assert not tones or " and ".join(tones) in caption
-            assert quickstart_data.genders(caption.lower()) == quickstart_data.genders(name.lower()), (name, caption)
+            assert quickstart_data.genders(caption.lower()) == quickstart_data.genders(
+                name.lower()
+            ), (name, caption)
 
 
 def test_a_second_run_leaves_the_same_bytes(data, tmp_path):
@@ -151,7 +180,9 @@ def test_a_complete_data_set_is_left_alone_and_other_settings_replace_it(data, t
     (tmp_path / "DataComp-12M" / "00000007.tar").write_bytes(b"of a run with more shards")
     assert "already complete" not in make(tmp_path, "--seed", 1).stdout
     assert sorted(path.name for path in (tmp_path / "DataComp-12M").glob("*.tar")) == NAMES
-    assert (tmp_path / "synthetic_captions.jsonl").read_bytes() != (data / "synthetic_captions.jsonl").read_bytes()
+    assert (tmp_path / "synthetic_captions.jsonl").read_bytes() != (
+        data / "synthetic_captions.jsonl"
+    ).read_bytes()
 
 
 def test_both_parts_of_a_held_out_combination_stay_in_training():
@@ -174,8 +205,12 @@ def test_both_parts_of_a_held_out_combination_stay_in_training():
 
 def test_what_is_held_out_depends_on_the_seed_alone():
     names = training_names()
-    assert quickstart_data.hold_out(names, 50, seed=0) == quickstart_data.hold_out(names, 50, seed=0)
-    assert quickstart_data.hold_out(names, 50, seed=0) != quickstart_data.hold_out(names, 50, seed=1)
+    assert quickstart_data.hold_out(names, 50, seed=0) == quickstart_data.hold_out(
+        names, 50, seed=0
+    )
+    assert quickstart_data.hold_out(names, 50, seed=0) != quickstart_data.hold_out(
+        names, 50, seed=1
+    )
 
 
 def test_asking_to_hold_out_too_much_is_an_error_that_says_how_much_there_is():
@@ -193,8 +228,16 @@ def test_of_pictures_that_look_the_same_one_is_kept():
 @pytest.mark.parametrize(
     ("name", "codes", "caption"),
     [
-        ("woman firefighter medium skin tone", "1F469-1F3FD-200D-1F692", "woman firefighter, medium skin tone"),
-        ("man medium-dark skin tone red hair", "1F468-1F3FE-200D-1F9B0", "man with red hair, medium-dark skin tone"),
+        (
+            "woman firefighter medium skin tone",
+            "1F469-1F3FD-200D-1F692",
+            "woman firefighter, medium skin tone",
+        ),
+        (
+            "man medium-dark skin tone red hair",
+            "1F468-1F3FE-200D-1F9B0",
+            "man with red hair, medium-dark skin tone",
+        ),
         (
             "kiss woman man dark skin tone light skin tone",
             "1F469-1F3FF-200D-2764-FE0F-200D-1F48B-200D-1F468-1F3FB",

@@ -45,7 +45,9 @@ def arguments(line):
     for position, word in enumerate(words):
         if word.startswith("--") and len(word) > 2:
             rest = words[position + 1 :]
-            found[word] = rest[: next((i for i, w in enumerate(rest) if w.startswith("--")), len(rest))]
+            found[word] = rest[
+                : next((i for i, w in enumerate(rest) if w.startswith("--")), len(rest))
+            ]
     return found
 
 
@@ -76,7 +78,11 @@ def test_as_it_stands_a_script_starts_the_published_recipe(tree, machine, script
         assert given[option] == values, option
     assert given["--train-num-samples"] == [str(samples)] and given["--epochs"] == [str(epochs)]
     assert given["--batch-size"] == [str(local_batch)]
-    assert given["--nnodes"] == [str(nodes)] and given["--nproc-per-node"] == ["8"] and given["--max-restarts"] == ["0"]
+    assert (
+        given["--nnodes"] == [str(nodes)]
+        and given["--nproc-per-node"] == ["8"]
+        and given["--max-restarts"] == ["0"]
+    )
     datasets = tree.parent / "datasets"
     assert given["--train-data"] == [
         {
@@ -95,7 +101,8 @@ def test_as_it_stands_a_script_starts_the_published_recipe(tree, machine, script
         assert timeouts and all(int(seconds) >= 3000 for seconds in timeouts.values())
         config = given["--dataset-reinforcement-config"][0]
         assert os.path.samefile(
-            config, tree / "configs" / ("datacompdr12m.json" if "12m" in script else "datacompdr1b.json")
+            config,
+            tree / "configs" / ("datacompdr12m.json" if "12m" in script else "datacompdr1b.json"),
         )
 
 
@@ -104,20 +111,40 @@ def test_one_gpu_needs_no_rendezvous_and_arguments_are_passed_on(tree, machine):
     for variable in ("MASTER_ADDR", "MASTER_PORT", "ROLE_RANK"):
         del environ[variable]
     environ.update(
-        NUM_NODES="1", NUM_GPUS="1", GLOBAL_BATCH="1024", ACCUM_FREQ="4", NAME="mine", IMAGENET_VAL="", REPORT_TO=""
+        NUM_NODES="1",
+        NUM_GPUS="1",
+        GLOBAL_BATCH="1024",
+        ACCUM_FREQ="4",
+        NAME="mine",
+        IMAGENET_VAL="",
+        REPORT_TO="",
     )
-    done = run(["bash", tree / "configs" / "run_datacompdr12m.sh", "--lr", "1.e-4", "--debug"], env=environ, cwd=folder)
+    done = run(
+        ["bash", tree / "configs" / "run_datacompdr12m.sh", "--lr", "1.e-4", "--debug"],
+        env=environ,
+        cwd=folder,
+    )
     given = arguments(done.stdout)
     assert "--standalone" in given and "--rdzv-endpoint" not in given
-    assert given["--batch-size"] == ["256"] and given["--accum-freq"] == ["4"] and given["--name"] == ["mine"]
+    assert (
+        given["--batch-size"] == ["256"]
+        and given["--accum-freq"] == ["4"]
+        and given["--name"] == ["mine"]
+    )
     assert given["--lr"] == ["1.e-4"] and "--debug" in given  # the last one counts
     assert "--imagenet-val" not in given and "--report-to" not in given
 
 
 @pytest.mark.parametrize("script", RECIPES)
-def test_sampling_without_replacement_and_step_checkpoints_are_a_setting_away(tree, machine, script):
+def test_sampling_without_replacement_and_step_checkpoints_are_a_setting_away(
+    tree, machine, script
+):
     environ, folder = machine
-    changes = {"SAMPLING": "without-replacement", "SAVE_EVERY_N_STEPS": "500", "MAX_SKIPPED_FRACTION": "0.02"}
+    changes = {
+        "SAMPLING": "without-replacement",
+        "SAVE_EVERY_N_STEPS": "500",
+        "MAX_SKIPPED_FRACTION": "0.02",
+    }
     done = run(["bash", tree / "configs" / script], env={**environ, **changes}, cwd=folder)
     given = arguments(done.stdout)
     assert "--dataset-without-replacement" in given and "--dataset-resampled" not in given
@@ -127,7 +154,9 @@ def test_sampling_without_replacement_and_step_checkpoints_are_a_setting_away(tr
 def test_mobileclip_s_models_distill_only_in_the_1b_recipe(tree, machine):
     environ, folder = machine
     done = run(
-        ["bash", tree / "configs" / "run_datacompdr1B.sh"], env={**environ, "MODEL": "MobileCLIP-S2"}, cwd=folder
+        ["bash", tree / "configs" / "run_datacompdr1B.sh"],
+        env={**environ, "MODEL": "MobileCLIP-S2"},
+        cwd=folder,
     )
     assert arguments(done.stdout)["--distill-loss-weights"] == ["0.0", "1.0"]
 
@@ -163,7 +192,11 @@ def test_an_experiment_that_exists_is_not_started_again(tree, machine):
     done = run(script, env=environ, cwd=folder)
     assert done.returncode == 1 and "--resume latest" in done.stderr and "NAME" in done.stderr
     for more in ({"NAME": "other"}, {}):
-        again = run([*script, *([] if more else ["--resume", "latest"])], env={**environ, **more}, cwd=folder)
+        again = run(
+            [*script, *([] if more else ["--resume", "latest"])],
+            env={**environ, **more},
+            cwd=folder,
+        )
         assert again.returncode == 0, again.stderr
 
 
@@ -179,7 +212,9 @@ def test_plain_training_takes_the_joined_shards_where_there_are_no_others(tree, 
         write_shard(folder / "datasets" / "DataCompDR-12M" / "shards" / shard, [])
     environ["DATASETS"] = "datasets"
     done = run(["bash", tree / "configs" / "run_datacomp12m.sh"], env=environ, cwd=folder)
-    assert arguments(done.stdout)["--train-data"] == ["datasets/DataCompDR-12M/shards/{00000000..00001023}.tar"]
+    assert arguments(done.stdout)["--train-data"] == [
+        "datasets/DataCompDR-12M/shards/{00000000..00001023}.tar"
+    ]
 
 
 @pytest.mark.parametrize("script", RECIPES)

@@ -8,8 +8,18 @@ import pytest
 from shards import AUGMENTATION, reinforced_sample
 
 from dr import sampling
-from dr.reinforcement import draw
-from dr.sampling import Order, coin, cut, former_layouts, length, part, pieces_of, positions, turn_of
+from dr.sample import draw
+from dr.sampling import (
+    Order,
+    coin,
+    cut,
+    former_layouts,
+    length,
+    part,
+    pieces_of,
+    positions,
+    turn_of,
+)
 from dr.transforms import compose_from_config
 
 
@@ -19,7 +29,9 @@ def test_parts_are_whole_and_over_all_passes_nobody_gets_more_than_one_more(tota
     sums = [0] * streams
     for pass_ in range(50):
         parts = [part(total, streams, stream, pass_) for stream in range(streams)]
-        assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])] and parts[-1][1] == total
+        assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])] and parts[
+            -1
+        ][1] == total
         sums = [so_far + stop - start for so_far, (start, stop) in zip(sums, parts, strict=True)]
         assert max(sums) - min(sums) <= 1
 
@@ -48,7 +60,9 @@ def test_no_position_comes_twice_in_a_pass_or_is_lost_on_any_chain_of_layouts(se
     monkeypatch.setattr(sampling, "WINDOW", 7)
     rng = random.Random(seed)
     total = rng.randrange(1, 60)
-    layouts = [(rng.randrange(1, 9), lambda: rng.randrange(0, 40)) for _ in range(rng.randrange(1, 6))]
+    layouts = [
+        (rng.randrange(1, 9), lambda: rng.randrange(0, 40)) for _ in range(rng.randrange(1, 6))
+    ]
     last = layouts[-1][0]
     taken, _ = take(seed, total, [*layouts, (last, lambda: 1), (last, lambda: 3 * total + 3)])
     assert set(taken.values()) == {1}
@@ -73,7 +87,11 @@ def test_cutting_pieces_equals_cutting_what_they_stand_for():
     pieces = [(0, 10, 2, 7), (10, 20, 0, 10), (30, 32, 1, 2)]
     whole = [(first, at) for first, _, low, high in pieces for at in range(low, high)]
     for start, stop in itertools.combinations(range(18), 2):
-        found = [(first, at) for first, _, low, high in cut(pieces, start, stop) for at in range(low, high)]
+        found = [
+            (first, at)
+            for first, _, low, high in cut(pieces, start, stop)
+            for at in range(low, high)
+        ]
         assert found == whole[start:stop]
 
 
@@ -83,12 +101,15 @@ def test_shards_and_windows_are_shuffled_by_seed_and_pass():
     for seed, pass_ in itertools.product(range(2), range(12)):
         order = Order(seed, pass_, sizes)
         located = [order.locate(position) for position in range(9)]
-        assert sorted(located) == [(shard, place) for shard, size in enumerate(sizes) for place in range(size)]
+        assert sorted(located) == [
+            (shard, place) for shard, size in enumerate(sizes) for place in range(size)
+        ]
         assert [shard for shard, _ in itertools.groupby(located, lambda found: found[0])] == [
             shard for shard in order.shards if sizes[shard]
         ]  # a shard's samples stand together
         orders[seed, pass_] = [
-            position for _, position, _ in itertools.islice(positions(seed, 9, [], 1, 0, (pass_, 0)), 9)
+            position
+            for _, position, _ in itertools.islice(positions(seed, 9, [], 1, 0, (pass_, 0)), 9)
         ]
         assert sorted(orders[seed, pass_]) == list(range(9))
     assert len(set(map(tuple, orders.values()))) > 20
@@ -109,17 +130,25 @@ def test_over_thirty_passes_each_augmentation_comes_once_and_over_five_each_capt
         assert sorted(augmentations[first : first + 30]) == list(range(30))
     for first in range(0, 60, 5):
         assert sorted(captions[first : first + 5]) == [1, 2, 3, 4, 5]
-    assert augmentations[:30] != augmentations[30:] and augmentations[:30] != sorted(augmentations[:30])
-    others = [draw({**sample, "__key__": "other"}, compose, (0, pass_))["captions"] for pass_ in range(30)]
+    assert augmentations[:30] != augmentations[30:] and augmentations[:30] != sorted(
+        augmentations[:30]
+    )
+    others = [
+        draw({**sample, "__key__": "other"}, compose, (0, pass_))["captions"] for pass_ in range(30)
+    ]
     assert [int(texts[1].split()[1]) for texts in others] != captions[:30]
 
 
 def test_mixing_takes_the_synthetic_caption_with_its_probability_in_each_pass():
-    synthetic = sum(coin(0, pass_, f"{key}", "mix") < 0.25 for pass_ in range(40) for key in range(50))
+    synthetic = sum(
+        coin(0, pass_, f"{key}", "mix") < 0.25 for pass_ in range(40) for key in range(50)
+    )
     assert 420 <= synthetic <= 580
     sample = {**reinforced_sample(7), "__key__": "key"}
     compose = compose_from_config(AUGMENTATION)
     for pass_ in range(20):
         (text,) = draw(sample, compose, (0, pass_), mix_ratio=0.25)["captions"]
-        which = 1 + turn_of(0, pass_, "key", "caption", 3) if coin(0, pass_, "key", "mix") < 0.25 else 0
+        which = (
+            1 + turn_of(0, pass_, "key", "caption", 3) if coin(0, pass_, "key", "mix") < 0.25 else 0
+        )
         assert text == f"caption {which} of 7"

@@ -30,11 +30,21 @@ from coverage import (
     write_shards,
 )
 from PIL import Image
-from shards import AUGMENTATION, encode, picture, reinforced_sample, stored_embeddings, uid, write_shard
+from shards import (
+    AUGMENTATION,
+    encode,
+    picture,
+    reinforced_sample,
+    stored_embeddings,
+    uid,
+    write_shard,
+)
 
 from dr.transforms import compose_from_config
 
-SOME = [layout for layout in LAYOUTS if layout.ranks > 1 and layout.sizes[0] not in (24, 60, 7)]  # nothing divides
+SOME = [
+    layout for layout in LAYOUTS if layout.ranks > 1 and layout.sizes[0] not in (24, 60, 7)
+]  # nothing divides
 SHARDS, SAMPLES = 4, 24
 STEPS, EPOCHS = 4, 3  # of the runs that are killed
 KEPT = {"save_every_n_steps": 2, "accum_freq": 2, "epochs": EPOCHS, "train_num_samples": 128}
@@ -72,13 +82,20 @@ def on_two_ranks(tree, config, shards, damaged, tmp_path_factory):
     """Several runs, one after the other in one torchrun, to save its start."""
     folder = tmp_path_factory.mktemp("two")
     runs = [
-        one_run(layout, write_shards(folder / f"shards{n}", layout.sizes), config, folder / f"layout{n}")
+        one_run(
+            layout, write_shards(folder / f"shards{n}", layout.sizes), config, folder / f"layout{n}"
+        )
         for n, layout in enumerate(SOME)
         if layout.ranks == 2
     ]
     undisturbed = options(shards, config, folder / "undisturbed", **KEPT)
     runs.append({"record": folder / "undisturbed" / "record", "options": undisturbed})
-    imperfect = {"train_num_samples": 160, "epochs": 4, "max_skipped_fraction": 0.3, "report_to": "tensorboard"}
+    imperfect = {
+        "train_num_samples": 160,
+        "epochs": 4,
+        "max_skipped_fraction": 0.3,
+        "report_to": "tensorboard",
+    }
     runs.append(
         {
             "record": folder / "imperfect" / "record",
@@ -95,7 +112,9 @@ def on_two_ranks(tree, config, shards, damaged, tmp_path_factory):
 def on_three_ranks(tree, config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
     runs = [
-        one_run(layout, write_shards(folder / f"shards{n}", layout.sizes), config, folder / f"layout{n}")
+        one_run(
+            layout, write_shards(folder / f"shards{n}", layout.sizes), config, folder / f"layout{n}"
+        )
         for n, layout in enumerate(SOME)
         if layout.ranks == 3
     ]
@@ -115,7 +134,13 @@ def test_every_sample_is_seen_once_in_a_complete_pass_and_never_twice_in_one(num
 # --- killed and resumed -----------------------------------------------------------------------------------------------
 def curve(batches):
     return {
-        at: (entry["samples"], entry["captions"], entry["augmentations"], entry["images"], entry.get("losses", []))
+        at: (
+            entry["samples"],
+            entry["captions"],
+            entry["augmentations"],
+            entry["images"],
+            entry.get("losses", []),
+        )
         for at, entry in batches.items()
     }
 
@@ -125,10 +150,14 @@ def step_checkpoints(folder):
 
 
 def resumed_from(folder):
-    return re.findall(r"resuming checkpoint '.*/(epoch_\w+)\.pt'", (folder / "run" / "out.log").read_text())
+    return re.findall(
+        r"resuming checkpoint '.*/(epoch_\w+)\.pt'", (folder / "run" / "out.log").read_text()
+    )
 
 
-def test_a_run_killed_anywhere_goes_on_as_if_nothing_had_been(tree, config, shards, on_two_ranks, tmp_path):
+def test_a_run_killed_anywhere_goes_on_as_if_nothing_had_been(
+    tree, config, shards, on_two_ranks, tmp_path
+):
     """SIGKILL, SIGKILL while a checkpoint is written, SIGTERM to one rank: each time --resume latest."""
     folders = []
     for number, event in enumerate([["kill", 1, 7], ["kill saving", 0, 2], ["term", 1, 3], None]):
@@ -144,22 +173,45 @@ def test_a_run_killed_anywhere_goes_on_as_if_nothing_had_been(tree, config, shar
     assert resumed_from(tmp_path) == ["epoch_0_step_2", "epoch_0_step_4", "epoch_1_step_3"]
     assert step_checkpoints(tmp_path) == ["epoch_2_step_2.pt", "epoch_2_step_4.pt"]
     assert not (tmp_path / "run" / "checkpoints" / "checkpoint.tmp").exists()
-    undisturbed, resumed = curve(recorded(on_two_ranks / "undisturbed" / "record")), curve(recorded(*folders))
+    undisturbed, resumed = (
+        curve(recorded(on_two_ranks / "undisturbed" / "record")),
+        curve(recorded(*folders)),
+    )
     assert undisturbed.keys() == resumed.keys() and len(resumed) == 2 * 2 * STEPS * EPOCHS
     for at, (*data, losses) in undisturbed.items():
         assert resumed[at][:-1] == tuple(data)
         assert resumed[at][-1] == pytest.approx(losses, rel=1e-6)
 
 
-def test_on_another_number_of_ranks_no_sample_of_a_pass_is_repeated_or_lost(tree, config, shards, tmp_path):
+def test_on_another_number_of_ranks_no_sample_of_a_pass_is_repeated_or_lost(
+    tree, config, shards, tmp_path
+):
     """Two ranks are killed, three that go on get SIGTERM by way of torchrun, and two go on to the end."""
     folders = [tmp_path / f"record{number}" for number in range(3)]
-    for folder, ranks, event in zip(folders, (2, 3, 2), (["kill", 0, 5], ["slow", 0, 0.3], None), strict=True):
-        changes = {"batch_size": 24 // ranks, "train_num_samples": 120, "epochs": 3, "workers": ranks - 1}
-        given = options(shards, config, tmp_path, resume="latest", save_every_n_steps=1, keep_last_k=3, **changes)
+    for folder, ranks, event in zip(
+        folders, (2, 3, 2), (["kill", 0, 5], ["slow", 0, 0.3], None), strict=True
+    ):
+        changes = {
+            "batch_size": 24 // ranks,
+            "train_num_samples": 120,
+            "epochs": 3,
+            "workers": ranks - 1,
+        }
+        given = options(
+            shards,
+            config,
+            tmp_path,
+            resume="latest",
+            save_every_n_steps=1,
+            keep_last_k=3,
+            **changes,
+        )
         words = command(ranks, [{"record": folder, "options": given, "event": event}], tmp_path)
         process = subprocess.Popen(
-            list(map(str, words)), env=environment(tree), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            list(map(str, words)),
+            env=environment(tree),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         deadline = time.time() + 120
         while ranks == 3 and process.poll() is None and time.time() < deadline:
@@ -168,12 +220,20 @@ def test_on_another_number_of_ranks_no_sample_of_a_pass_is_repeated_or_lost(tree
                 process.send_signal(signal.SIGTERM)
                 break
         assert (process.wait(timeout=150) == 0) == (event is None)
-    assert resumed_from(tmp_path)[0] in ("epoch_0_step_3", "epoch_0_step_4") and len(resumed_from(tmp_path)) == 2
+    assert (
+        resumed_from(tmp_path)[0] in ("epoch_0_step_3", "epoch_0_step_4")
+        and len(resumed_from(tmp_path)) == 2
+    )
     assert len(step_checkpoints(tmp_path)) == 3
-    last = torch.load(tmp_path / "run" / "checkpoints" / "epoch_3.pt", weights_only=True)["dr"]["sampling"]
+    last = torch.load(tmp_path / "run" / "checkpoints" / "epoch_3.pt", weights_only=True)["dr"][
+        "sampling"
+    ]
     assert last["layout"] == [2, 1]
     log = (tmp_path / "run" / "out.log").read_text()
-    assert "dealt anew: to 3 ranks x 2 workers, after 2 x 1" in log and "to 2 ranks x 1 workers, after 3 x 2" in log
+    assert (
+        "dealt anew: to 3 ranks x 2 workers, after 2 x 1" in log
+        and "to 2 ranks x 1 workers, after 3 x 2" in log
+    )
     count = seen(recorded(*folders))
     assert sum(count.values()) == 360 and set(count.values()) == {1}
     total, done = SHARDS * SAMPLES, min(last["cursors"])[0]
@@ -183,19 +243,35 @@ def test_on_another_number_of_ranks_no_sample_of_a_pass_is_repeated_or_lost(tree
 
 def test_resampled_a_step_checkpoint_resumes_the_step(tree, config, damaged, tmp_path):
     """And what is skipped is counted there too."""
-    changes = {"dataset_without_replacement": None, "dataset_resampled": True, "max_skipped_fraction": 0.5}
-    given = options(damaged.pattern, config, tmp_path, resume="latest", save_every_n_steps=3, epochs=3, **changes)
+    changes = {
+        "dataset_without_replacement": None,
+        "dataset_resampled": True,
+        "max_skipped_fraction": 0.5,
+    }
+    given = options(
+        damaged.pattern,
+        config,
+        tmp_path,
+        resume="latest",
+        save_every_n_steps=3,
+        epochs=3,
+        **changes,
+    )
     folders = [tmp_path / f"record{number}" for number in range(2)]
     for folder, event in zip(folders, (["term", 0, 12], None), strict=True):
         runs = tmp_path / "runs.json"
         runs.write_text(json.dumps([{"record": str(folder), "options": given, "event": event}]))
-        done = run([sys.executable, ROOT / "tests" / "recorded_training.py", runs], env=environment(tree))
+        done = run(
+            [sys.executable, ROOT / "tests" / "recorded_training.py", runs], env=environment(tree)
+        )
         assert done.returncode == (143 if event else 0), done.stderr[-3000:]
     assert resumed_from(tmp_path) == ["epoch_1_step_4"]
     assert len(recorded(*folders)) == 24  # 3 epochs of 64 / 8
     skipped = reported((tmp_path / "run" / "out.log").read_text())
     assert len(skipped) > 2
-    assert {reason for reason in skipped if not reason.startswith("lacks ")} <= set(filter(None, KINDS.values()))
+    assert {reason for reason in skipped if not reason.startswith("lacks ")} <= set(
+        filter(None, KINDS.values())
+    )
 
 
 # --- imperfect data ---------------------------------------------------------------------------------------------------
@@ -223,7 +299,9 @@ def in_pth_gz():
 def grey16():
     import numpy as np
 
-    return encode(Image.fromarray(np.linspace(0, 65535, 40 * 48).reshape(40, 48).astype(np.uint16)), "PNG")
+    return encode(
+        Image.fromarray(np.linspace(0, 65535, 40 * 48).reshape(40, 48).astype(np.uint16)), "PNG"
+    )
 
 
 def one_pixel():
@@ -256,8 +334,14 @@ def damage(kind, members):
     """Other members for a sample; None leaves one out."""
     return {
         "truncated JPEG": lambda: {"jpg": members["jpg"][: len(members["jpg"]) // 2]},
-        "decompression bomb": lambda: {"jpg": None, "png": encode(Image.new("1", (10_000, 10_000)), "PNG")},
-        "larger bomb": lambda: {"jpg": None, "png": encode(Image.new("1", (16_000, 16_000)), "PNG")},
+        "decompression bomb": lambda: {
+            "jpg": None,
+            "png": encode(Image.new("1", (10_000, 10_000)), "PNG"),
+        },
+        "larger bomb": lambda: {
+            "jpg": None,
+            "png": encode(Image.new("1", (16_000, 16_000)), "PNG"),
+        },
         "bad JSON": lambda: {"syn.json": members["syn.json"][:-5]},
         "short npz": lambda: {"npz": members["npz"][:-100]},
         "pickle": lambda: {"npz": None, "pth.gz": gzip.compress(pickle.dumps(Planted()))},
@@ -288,7 +372,9 @@ class Damaged:
 
 def write_damaged_shards(folder):
     damaged = Damaged(folder)
-    spread = [number for number in range(400) if number // 20 not in (damaged.cut, damaged.gone)][::6]
+    spread = [number for number in range(400) if number // 20 not in (damaged.cut, damaged.gone)][
+        ::6
+    ]
     damaged.kinds = {number: kind for number, kind in zip(spread, 4 * list(KINDS), strict=False)}
     bombs = {kind: None for kind in KINDS}
     for shard in range(20):
@@ -299,10 +385,14 @@ def write_damaged_shards(folder):
                 if "bomb" in kind:
                     bombs[kind] = bombs[kind] or damage(kind, members)
                 members |= bombs[kind] or damage(kind, members)
-            samples.append((uid(number), {name: data for name, data in members.items() if data is not None}))
+            samples.append(
+                (uid(number), {name: data for name, data in members.items() if data is not None})
+            )
         path = write_shard(folder / f"{shard:08d}.tar", samples)
         if shard == damaged.cut:
-            (folder / "sizes.json").write_text(json.dumps({path.name: 20}))  # so that what is lost is known
+            (folder / "sizes.json").write_text(
+                json.dumps({path.name: 20})
+            )  # so that what is lost is known
             os.truncate(path, path.stat().st_size // 2)
     return damaged
 
@@ -321,7 +411,9 @@ def test_on_imperfect_data_the_run_goes_on_and_every_loss_is_counted(on_two_rank
     folder = on_two_ranks / "imperfect"
     assert not os.path.exists(damaged.vanishing)
     log = (folder / "run" / "out.log").read_text()
-    sampling = torch.load(folder / "run" / "checkpoints" / "epoch_4.pt", weights_only=True)["dr"]["sampling"]
+    sampling = torch.load(folder / "run" / "checkpoints" / "epoch_4.pt", weights_only=True)["dr"][
+        "sampling"
+    ]
     count, expected, usable, unsure = seen(recorded(folder / "record")), Counter(), set(), Counter()
     for pass_, shard, place in taken(sampling):
         reason = damaged.reason(shard, place)
@@ -338,15 +430,32 @@ def test_on_imperfect_data_the_run_goes_on_and_every_loss_is_counted(on_two_rank
     found = reported(log)
     cut = found - expected
     assert not expected - found
-    assert all(reason == "shard that can't be read" or reason.startswith("lacks ") for reason in cut)
+    assert all(
+        reason == "shard that can't be read" or reason.startswith("lacks ") for reason in cut
+    )
     assert cut.total() == unsure.total() >= 9
-    assert set(found) >= set(filter(None, KINDS.values())) and expected["shard that can't be read"] >= 20
-    assert {damaged.kinds.get(sample) for _, sample in count} >= {None, "CMYK", "palette", "16 bit", "1 x 1"}
+    assert (
+        set(found) >= set(filter(None, KINDS.values()))
+        and expected["shard that can't be read"] >= 20
+    )
+    assert {damaged.kinds.get(sample) for _, sample in count} >= {
+        None,
+        "CMYK",
+        "palette",
+        "16 bit",
+        "1 x 1",
+    }
 
 
 def test_what_was_skipped_goes_to_tensorboard(on_two_ranks):
-    logs = b"".join(path.read_bytes() for path in (on_two_ranks / "imperfect" / "run" / "tensorboard").iterdir())
-    for tag in (b"data/skipped_undecodable_image", b"data/skipped_shard_that_can_t_be_read", b"data/skipped_fraction"):
+    logs = b"".join(
+        path.read_bytes() for path in (on_two_ranks / "imperfect" / "run" / "tensorboard").iterdir()
+    )
+    for tag in (
+        b"data/skipped_undecodable_image",
+        b"data/skipped_shard_that_can_t_be_read",
+        b"data/skipped_fraction",
+    ):
         assert tag in logs
 
 
@@ -366,4 +475,7 @@ def test_more_than_the_allowed_fraction_stops_all_ranks(tree, config, tmp_path):
     given = options(f"{tmp_path}/{{0..1}}.tar", config, tmp_path, epochs=9, train_num_samples=400)
     done = train(tree, 2, [{"record": tmp_path / "record", "options": given}], tmp_path)
     assert done.returncode != 0
-    assert "more than --max-skipped-fraction 0.1): " in done.stderr and " x row counts disagree" in done.stderr
+    assert (
+        "more than --max-skipped-fraction 0.1): " in done.stderr
+        and " x row counts disagree" in done.stderr
+    )

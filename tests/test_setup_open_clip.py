@@ -43,7 +43,12 @@ class Project:
         env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
         env |= {"PYTHON": sys.executable, **settings}
         done = subprocess.run(
-            ["bash", f"scripts/{script}.sh", *args], cwd=self.root, env=env, capture_output=True, text=True, timeout=300
+            ["bash", f"scripts/{script}.sh", *args],
+            cwd=self.root,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         output = done.stdout + done.stderr
         assert (done.returncode == 0) == ok, output
@@ -60,14 +65,22 @@ class Project:
 def git(folder: Path, *args: str) -> str:
     env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
-    done = subprocess.run(["git", *identity, *args], cwd=folder, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", *identity, *args], cwd=folder, env=env, capture_output=True, text=True, check=True
+    )
     return done.stdout + done.stderr
 
 
 def files(tree: Path) -> dict[str, tuple[bytes, int]]:
     """Every file outside .git -> its bytes and time of change."""
-    paths = (path for path in tree.rglob("*") if path.is_file() and ".git" not in path.relative_to(tree).parts)
-    return {str(path.relative_to(tree)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+    paths = (
+        path
+        for path in tree.rglob("*")
+        if path.is_file() and ".git" not in path.relative_to(tree).parts
+    )
+    return {
+        str(path.relative_to(tree)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths
+    }
 
 
 def contents(tree: Path) -> dict[str, bytes]:
@@ -118,14 +131,19 @@ def from_git(project, upstream) -> Project:
 
 def again(project: Project, *args: str, **kwargs) -> str:
     """Setup once more, without any source to take files from."""
-    return project.setup(*args, OPEN_CLIP_REPO="/nonexistent", OPEN_CLIP_COMMIT=project.commit, **kwargs)
+    return project.setup(
+        *args, OPEN_CLIP_REPO="/nonexistent", OPEN_CLIP_COMMIT=project.commit, **kwargs
+    )
 
 
 def test_wheels_hold_the_pinned_files_and_the_patch_applies(pypi_project):
     tree = pypi_project.tree
     assert unpatched_blobs(tree) == PINNED_BLOBS
     changed = git(tree, "status", "--porcelain").splitlines()
-    assert {line[3:] for line in changed if line.startswith("??")} == {"configs/", "src/training/dr/"}
+    assert {line[3:] for line in changed if line.startswith("??")} == {
+        "configs/",
+        "src/training/dr/",
+    }
     patched = re.findall(r"^diff --git a/(\S+)", pypi_project.patch.read_text(), re.MULTILINE)
     assert {line[3:] for line in changed if line.startswith(" M")} == set(patched)
 
@@ -147,10 +165,14 @@ def test_git_brings_only_what_is_needed(project, upstream, kind, tmp_path):
     assert {path.name for path in project.tree.iterdir()} == {
         ".git", ".gitignore", "README.md", "configs", "src", "tests"
     }  # fmt: skip
-    assert "?" in git(project.tree, "rev-list", "--objects", "--missing=print", "HEAD"), "pictures were downloaded"
+    assert "?" in git(project.tree, "rev-list", "--objects", "--missing=print", "HEAD"), (
+        "pictures were downloaded"
+    )
 
 
-def test_both_sources_and_typing_by_hand_give_the_same_tree(from_git, pypi_project, upstream, tmp_path):
+def test_both_sources_and_typing_by_hand_give_the_same_tree(
+    from_git, pypi_project, upstream, tmp_path
+):
     repo, commit = upstream
     by_hand = tmp_path / "by_hand/open_clip"
     typed = f"""
@@ -164,7 +186,9 @@ def test_both_sources_and_typing_by_hand_give_the_same_tree(from_git, pypi_proje
     shutil.copytree(tmp_path, by_hand.parent, ignore=shutil.ignore_patterns("open_clip", "by_hand"))
     subprocess.run(["bash", "-ec", typed], cwd=by_hand.parent, check=True)
     whole = contents(by_hand)
-    assert {path: data for path, data in whole.items() if not path.startswith("docs/")} == contents(from_git.tree)
+    assert {path: data for path, data in whole.items() if not path.startswith("docs/")} == contents(
+        from_git.tree
+    )
     assert git(by_hand, "status", "--porcelain") == git(from_git.tree, "status", "--porcelain")
     wheels = contents(pypi_project.tree)
     assert {path: whole[path] for path in wheels} == wheels
@@ -178,7 +202,9 @@ def test_both_sources_and_typing_by_hand_give_the_same_tree(from_git, pypi_proje
 
 def test_auto_falls_back_to_wheels_and_says_why(project):
     output = project.setup(OPEN_CLIP_REPO="/nonexistent")
-    assert re.search("can't reach /nonexistent .*does not appear to be a git repository.*wheels", output)
+    assert re.search(
+        "can't reach /nonexistent .*does not appear to be a git repository.*wheels", output
+    )
     assert "from pypi" in output
 
 
@@ -194,7 +220,9 @@ def test_a_wrong_file_is_named_and_nothing_is_left(project, upstream, tmp_path_f
     git(repo, "commit", "-q", "-a", "-m", "wrong")
     commit = git(repo, "rev-parse", "HEAD").strip()
     found = git(repo, "rev-parse", "HEAD:src/open_clip/loss.py").strip()
-    output = project.setup("--source", "git", OPEN_CLIP_REPO=str(repo), OPEN_CLIP_COMMIT=commit, ok=False)
+    output = project.setup(
+        "--source", "git", OPEN_CLIP_REPO=str(repo), OPEN_CLIP_COMMIT=commit, ok=False
+    )
     for said in ("src/open_clip/loss.py", found, PINNED_BLOBS["src/open_clip/loss.py"]):
         assert said in output
     assert not project.tree.exists()
@@ -202,8 +230,12 @@ def test_a_wrong_file_is_named_and_nothing_is_left(project, upstream, tmp_path_f
 
 def test_a_patch_that_does_not_apply_leaves_nothing(project, upstream):
     repo, commit = upstream
-    project.patch.write_text(re.sub(r"^-(?!-)", "-no such line ", project.patch.read_text(), flags=re.MULTILINE))
-    output = project.setup("--source", "git", OPEN_CLIP_REPO=str(repo), OPEN_CLIP_COMMIT=commit, ok=False)
+    project.patch.write_text(
+        re.sub(r"^-(?!-)", "-no such line ", project.patch.read_text(), flags=re.MULTILINE)
+    )
+    output = project.setup(
+        "--source", "git", OPEN_CLIP_REPO=str(repo), OPEN_CLIP_COMMIT=commit, ok=False
+    )
     assert "open_clip.patch does not apply" in output
     assert not project.tree.exists()
 
@@ -222,7 +254,9 @@ def test_a_right_tree_is_left_alone(from_git):
 def test_an_older_tree_is_brought_up_to_date_and_logs_survive(project, upstream):
     repo, commit = upstream
     project.commit = commit
-    kept = {name: (project.root / name).read_bytes() for name in ("open_clip.patch", "dr/__init__.py")}
+    kept = {
+        name: (project.root / name).read_bytes() for name in ("open_clip.patch", "dr/__init__.py")
+    }
     (project.root / "dr/__init__.py").write_text("# older\n")
     (project.root / "configs/older.sh").write_text("# since removed\n")
     project.setup("--source", "git", OPEN_CLIP_REPO=str(repo), OPEN_CLIP_COMMIT=commit)
@@ -242,9 +276,13 @@ def test_an_older_tree_is_brought_up_to_date_and_logs_survive(project, upstream)
     output = again(project)
     for path in ("configs/older.sh", "src/training/dr/__init__.py", "src/training/zero_shot.py"):
         assert path in output
-    assert {path: (project.tree / path).read_text() for path in logs} == dict.fromkeys(logs, "precious")
+    assert {path: (project.tree / path).read_text() for path in logs} == dict.fromkeys(
+        logs, "precious"
+    )
 
-    project.setup("--dest", "fresh", "--source", "git", OPEN_CLIP_REPO=str(repo), OPEN_CLIP_COMMIT=commit)
+    project.setup(
+        "--dest", "fresh", "--source", "git", OPEN_CLIP_REPO=str(repo), OPEN_CLIP_COMMIT=commit
+    )
     updated = {path: data for path, data in contents(project.tree).items() if path not in logs}
     assert updated == contents(project.root / "fresh")
     assert "already right" in again(project)
@@ -255,7 +293,9 @@ def test_an_older_tree_is_brought_up_to_date_and_logs_survive(project, upstream)
 def test_own_edits_are_refused_until_forced(from_git, upstream, path):
     edited = from_git.tree / path
     edited.write_text("# my own\n")
-    (from_git.root / "configs/newer.sh").write_text("# so that there is something to bring up to date\n")
+    (from_git.root / "configs/newer.sh").write_text(
+        "# so that there is something to bring up to date\n"
+    )
     before = files(from_git.tree)
     output = again(from_git, ok=False)
     assert re.search(rf"^ +{path}$", output, re.MULTILINE)
@@ -264,7 +304,11 @@ def test_own_edits_are_refused_until_forced(from_git, upstream, path):
     assert files(from_git.tree) == before
 
     output = from_git.setup(
-        "--source", "git", "--force", OPEN_CLIP_REPO=str(upstream[0]), OPEN_CLIP_COMMIT=from_git.commit
+        "--source",
+        "git",
+        "--force",
+        OPEN_CLIP_REPO=str(upstream[0]),
+        OPEN_CLIP_COMMIT=from_git.commit,
     )
     (old,) = from_git.root.glob("open_clip.old-*")
     assert old.name in output
@@ -282,7 +326,9 @@ def test_a_folder_that_is_not_ours_is_refused(project):
 def test_the_patch_is_what_make_patch_writes(from_git, pypi_project):
     """From either kind of tree, and whatever the user's git settings; so a tree and the patch can't drift apart."""
     assert "is what the tree has" in pypi_project.make_patch("--check")
-    assert "is what the tree has" in from_git.make_patch("--check", OPEN_CLIP_COMMIT=from_git.commit)
+    assert "is what the tree has" in from_git.make_patch(
+        "--check", OPEN_CLIP_COMMIT=from_git.commit
+    )
     for name, value in {
         "diff.noprefix": "true",
         "diff.context": "9",

@@ -7,13 +7,15 @@ import webdataset as wds
 from shards import reinforced_sample, uid, write_reinforced_shards, write_shard
 
 from dr import shard_reader
-from dr.reinforcement import USED_MEMBERS, BadSample
+from dr.sample import USED_MEMBERS, BadSample
 from dr.shard_reader import ShardReader, count_samples, sizes_beside
-from dr.tar import member_spans
+from dr.tar import read_headers
 
 
 def shards(tmp_path, number=3, samples=5):
-    return wds.SimpleShardList(write_reinforced_shards(tmp_path, shards=number, samples=samples)).urls
+    return wds.SimpleShardList(
+        write_reinforced_shards(tmp_path, shards=number, samples=samples)
+    ).urls
 
 
 def reason(reader, shard, place):
@@ -25,7 +27,11 @@ def reason(reader, shard, place):
 def test_samples_are_those_that_webdataset_reads_whatever_the_order(tmp_path, monkeypatch):
     paths = shards(tmp_path)
     expected = {
-        (shard, place): {name: data for name, data in sample.items() if name in {*USED_MEMBERS, "__key__", "__url__"}}
+        (shard, place): {
+            name: data
+            for name, data in sample.items()
+            if name in {*USED_MEMBERS, "__key__", "__url__"}
+        }
         for shard, path in enumerate(paths)
         for place, sample in enumerate(wds.tarfile_to_samples()([{"url": path}]))
     }
@@ -42,12 +48,17 @@ def test_samples_are_those_that_webdataset_reads_whatever_the_order(tmp_path, mo
 def test_what_a_damaged_shard_costs(tmp_path):
     paths = shards(tmp_path)
     with open(paths[0], "rb") as file:
-        at = next(offset for name, offset, _ in member_spans(file) if name == f"{uid(3)}.npz")
+        at = next(member.offset for member in read_headers(file) if member.name == f"{uid(3)}.npz")
     os.truncate(paths[0], at)
     os.remove(paths[1])
     reader = ShardReader([*paths, str(tmp_path / "sub")], USED_MEMBERS)
     (tmp_path / "sub").write_bytes(os.urandom(5000))
-    assert ["npz" in reader.read(0, place) for place in range(4)] == [True, True, True, False]  # cut before its npz
+    assert ["npz" in reader.read(0, place) for place in range(4)] == [
+        True,
+        True,
+        True,
+        False,
+    ]  # cut before its npz
     assert reason(reader, 0, 4) == shard_reader.UNREADABLE
     assert [reason(reader, 1, place) for place in range(5)] == [shard_reader.UNREADABLE] * 5
     assert reader.read(2, 4)["__key__"] == uid(14)
@@ -61,7 +72,9 @@ def test_what_a_damaged_shard_costs(tmp_path):
 
 def test_sizes_json_tells_the_sizes_in_each_folder(tmp_path):
     for folder in ("a", "b", "c"):
-        write_shard(tmp_path / folder / "0.tar", [(uid(seed), reinforced_sample(seed)) for seed in range(2)])
+        write_shard(
+            tmp_path / folder / "0.tar", [(uid(seed), reinforced_sample(seed)) for seed in range(2)]
+        )
     (tmp_path / "a" / "sizes.json").write_text('{"0.tar": 7}')
     (tmp_path / "b" / "sizes.json").write_text('{"1.tar": 7}')
     paths = [str(tmp_path / folder / "0.tar") for folder in ("a", "b", "c")]

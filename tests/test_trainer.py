@@ -18,14 +18,18 @@ MODEL = ROOT / "tests" / "data" / "tiny_vit.json"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.json"
-    path.write_text(json.dumps({"num_samples": 4, "reinforce": {"image_augmentation": AUGMENTATION}}))
+    path.write_text(
+        json.dumps({"num_samples": 4, "reinforce": {"image_augmentation": AUGMENTATION}})
+    )
     return path
 
 
 @pytest.fixture(scope="module", params=["npz", "pth.gz"])
 def shards(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    return write_reinforced_shards(folder, shards=4, samples=24, bf16=request.param == "pth.gz", width=12)
+    return write_reinforced_shards(
+        folder, shards=4, samples=24, bf16=request.param == "pth.gz", width=12
+    )
 
 
 def settings(tree, config, shards, logs, *paths, **changes):
@@ -66,13 +70,17 @@ def state(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def test_two_processes_train_with_reinforcements_and_validate_without(tree, config, shards, tmp_path):
+def test_two_processes_train_with_reinforcements_and_validate_without(
+    tree, config, shards, tmp_path
+):
     first = shards.replace("{00000000..00000003}", "00000000")
     environ = settings(tree, config, shards, tmp_path, DISTILL_LOSS_WEIGHTS="0.25 0.75")
     done = train(tree, environ, "--val-data", first, "--val-num-samples", "24")
     assert done.returncode == 0, done.stderr[-3000:]
     text = log(tmp_path)
-    assert text.count("Contrastive_loss") == text.count("Distill_loss") == 8  # every step of both epochs
+    assert (
+        text.count("Contrastive_loss") == text.count("Distill_loss") == 8
+    )  # every step of both epochs
     assert "total 2." in text  # two processes
     for name in ("epoch_1.pt", "epoch_2.pt", "epoch_latest.pt"):
         assert state(tmp_path / "run" / "checkpoints" / name)["optimizer"]
@@ -92,9 +100,15 @@ def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, t
     )
     checkpoints = tmp_path / "run" / "checkpoints"
     deadline = time.time() + 120
-    while not (checkpoints / "epoch_2.pt").exists() and time.time() < deadline and process.poll() is None:
+    while (
+        not (checkpoints / "epoch_2.pt").exists()
+        and time.time() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.05)
-    workers = run(["pgrep", "-P", process.pid]).stdout.split()  # the script became torchrun, its children are the ranks
+    workers = run(
+        ["pgrep", "-P", process.pid]
+    ).stdout.split()  # the script became torchrun, its children are the ranks
     assert len(workers) == 2
     for pid in (*workers, process.pid):
         os.kill(int(pid), signal.SIGKILL)
@@ -113,7 +127,10 @@ def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, t
     assert f"resuming checkpoint '{latest}' (epoch {reached})" in text
     assert text.count(f"Start epoch {reached}\n") in (1, 2)  # 2: it had begun when it was killed
     assert state(checkpoints / "epoch_latest.pt")["epoch"] == reached + 1
-    steps = {int(entry["step"]) for entry in state(checkpoints / "epoch_latest.pt")["optimizer"]["state"].values()}
+    steps = {
+        int(entry["step"])
+        for entry in state(checkpoints / "epoch_latest.pt")["optimizer"]["state"].values()
+    }
     assert steps == {4 * (reached + 1)}
 
 
@@ -139,7 +156,14 @@ def test_zero_shot_evaluation_runs_on_one_of_several_processes(tree, shards, tmp
     for name in ("n01440764", "n01443537"):
         (tmp_path / "imagenet" / name).mkdir(parents=True)
         picture(0).save(tmp_path / "imagenet" / name / "0.jpg")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--",
+    ]
     options = {
         "--train-data": shards, "--train-num-samples": 32, "--epochs": 2, "--batch-size": 8, "--workers": 1,
         "--warmup": 1, "--model": MODEL, "--precision": "fp32", "--dist-backend": "gloo",
@@ -147,14 +171,20 @@ def test_zero_shot_evaluation_runs_on_one_of_several_processes(tree, shards, tmp
         "--zeroshot-frequency": 1, "--logs": tmp_path, "--name": "run",
     }  # fmt: skip
     arguments = [word for option in options.items() for word in option]
-    done = run([*torchrun, ROOT / "tests" / "zero_shot.py", *arguments, "--dataset-resampled"], env=environment(tree))
+    done = run(
+        [*torchrun, ROOT / "tests" / "zero_shot.py", *arguments, "--dataset-resampled"],
+        env=environment(tree),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (tmp_path / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()
     assert ["imagenet-zeroshot-val-top1" in json.loads(line) for line in lines] == [True, True]
 
 
 def test_accumulating_micro_batches_equals_one_batch_of_their_sum(tree, config):
-    done = run([sys.executable, ROOT / "tests" / "accumulated_step.py", MODEL, config], env=environment(tree))
+    done = run(
+        [sys.executable, ROOT / "tests" / "accumulated_step.py", MODEL, config],
+        env=environment(tree),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     difference = json.loads(done.stdout.splitlines()[-1])
     assert difference["worst"] < 1e-4 and difference["logit_scale"] < 1e-4
@@ -179,7 +209,10 @@ def test_a_checkpoint_with_numpy_scalars_resumes(tree, config, shards, tmp_path)
 
 @pytest.mark.parametrize("shards", ["npz"], indirect=True)
 def test_wrong_teacher_dimensions_stop_the_run_naming_both_sides(tree, config, shards, tmp_path):
-    done = train(tree, settings(tree, config, shards, tmp_path, DISTILL_TEACHER_DIMENSION="8 8", NUM_PROCESSES=1))
+    done = train(
+        tree,
+        settings(tree, config, shards, tmp_path, DISTILL_TEACHER_DIMENSION="8 8", NUM_PROCESSES=1),
+    )
     assert done.returncode != 0
     assert "12 wide, expected 16 by --distill-teacher-dimension" in done.stderr
 
@@ -188,19 +221,30 @@ def test_wrong_teacher_dimensions_stop_the_run_naming_both_sides(tree, config, s
 def test_shards_without_images_stop_the_run(tree, config, tmp_path, script):
     members = {"txt": b"a caption", "json": b"{}"}
     shard = write_shard(tmp_path / "00000000.tar", [(uid(seed), members) for seed in range(30)])
-    done = train(tree, settings(tree, config, shard, tmp_path / "logs", NUM_PROCESSES=1), script=script)
+    done = train(
+        tree, settings(tree, config, shard, tmp_path / "logs", NUM_PROCESSES=1), script=script
+    )
     assert done.returncode != 0
-    assert "not one sample can be used" in done.stderr and "lacks an image (jpg or jpeg or png or webp)" in done.stderr
+    assert (
+        "not one sample can be used" in done.stderr
+        and "lacks an image (jpg or jpeg or png or webp)" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("resampled", ["resampled", "in passes"])
-def test_without_the_new_options_openclip_trains_as_before(tree, unpatched_tree, old_webdataset, tmp_path, resampled):
+def test_without_the_new_options_openclip_trains_as_before(
+    tree, unpatched_tree, old_webdataset, tmp_path, resampled
+):
     """The same batches, bit for bit, and the same losses: unpatched and patched on the last webdataset on which the
     unpatched trainer works, and patched on the newest."""
     for shard in range(3):
         samples = []
         for seed in range(20 * shard, 20 * shard + 20):
-            members = {"jpg": encode(picture(seed)), "txt": f"caption {seed}".encode(), "json": b'{"a": 1}'}
+            members = {
+                "jpg": encode(picture(seed)),
+                "txt": f"caption {seed}".encode(),
+                "json": b'{"a": 1}',
+            }
             samples.append((uid(seed), {"txt": b"no image"} if seed % 7 == 3 else members))
         write_shard(tmp_path / f"{shard:08d}.tar", samples)
     results = []
@@ -209,7 +253,12 @@ def test_without_the_new_options_openclip_trains_as_before(tree, unpatched_tree,
         ("patched", tree, [old_webdataset]),
         ("newest", tree, []),
     ):
-        script = [sys.executable, ROOT / "tests" / "plain_training.py", MODEL, f"{tmp_path}/{{00000000..00000002}}.tar"]
+        script = [
+            sys.executable,
+            ROOT / "tests" / "plain_training.py",
+            MODEL,
+            f"{tmp_path}/{{00000000..00000002}}.tar",
+        ]
         done = run([*script, tmp_path / name, resampled], env=environment(where, *paths))
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(json.loads(done.stdout.splitlines()[-1]))
@@ -218,9 +267,18 @@ def test_without_the_new_options_openclip_trains_as_before(tree, unpatched_tree,
 
 
 @pytest.mark.skipif(
-    not os.environ.get("OPEN_CLIP_REPO"), reason="OpenCLIP's own tests need its repository: OPEN_CLIP_REPO"
+    not os.environ.get("OPEN_CLIP_REPO"),
+    reason="OpenCLIP's own tests need its repository: OPEN_CLIP_REPO",
 )
 def test_openclips_own_tests_pass_on_the_patched_commit(tree):
-    own = ["tests/test_wds.py", "tests/test_num_shards.py", "tests/test_training_simple.py::test_training"]
-    done = run([sys.executable, "-m", "pytest", "-q", *own], env=environment(tree, tree / "tests"), cwd=tree)
+    own = [
+        "tests/test_wds.py",
+        "tests/test_num_shards.py",
+        "tests/test_training_simple.py::test_training",
+    ]
+    done = run(
+        [sys.executable, "-m", "pytest", "-q", *own],
+        env=environment(tree, tree / "tests"),
+        cwd=tree,
+    )
     assert done.returncode == 0, done.stdout[-3000:]

@@ -30,7 +30,9 @@ ALL = {
 def picture(seed, height=90, width=120):
     """A smooth picture with some texture, so that every operation changes it."""
     rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize(
+        (width, height), Image.BICUBIC
+    )
     noise = rng.integers(-20, 20, (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(small).astype(int) + noise, 0, 255).astype(np.uint8))
 
@@ -55,13 +57,20 @@ def test_known_answers_are_met_exactly_in_uint8(index):
 
 def test_known_answer_is_met_after_normalisation():
     compose = compose_from_config(GOLDEN["config"])
-    tensor, _ = compose.reapply(Image.fromarray(PIXELS["image_0"]), compose.decompress(GOLDEN["params"][0][0]))
+    tensor, _ = compose.reapply(
+        Image.fromarray(PIXELS["image_0"]), compose.decompress(GOLDEN["params"][0][0])
+    )
     assert tensor.dtype == torch.float32
     np.testing.assert_array_equal(tensor.numpy(), PIXELS["normalized_0_0"])
 
 
 def test_known_answers_cover_every_operation_and_both_signs():
-    seen = {(op, magnitude > 0) for image in GOLDEN["params"] for _, ops in image for op, magnitude in ops}
+    seen = {
+        (op, magnitude > 0)
+        for image in GOLDEN["params"]
+        for _, ops in image
+        for op, magnitude in ops
+    }
     for op, (name, signed, _, _) in enumerate(RAND_AUGMENT_OPS):
         assert {sign for o, sign in seen if o == op} == (
             {True, False} if signed else {name in ("Posterize", "Solarize")}
@@ -72,7 +81,11 @@ def test_fresh_draws_equal_torchvision():
     """One seed, the same pixels: RandomResizedCrop and RandAugment of torchvision, on 300 draws."""
     ours = compose_from_config(uint8_config(GOLDEN["config"]))
     theirs = T.Compose(
-        [T.RandomResizedCrop(48, interpolation=T.InterpolationMode.BICUBIC), T.RandAugment(), T.ToTensor()]
+        [
+            T.RandomResizedCrop(48, interpolation=T.InterpolationMode.BICUBIC),
+            T.RandAugment(),
+            T.ToTensor(),
+        ]
     )
     ops = set()
     for seed in range(300):
@@ -90,7 +103,14 @@ def test_fresh_draws_equal_torchvision():
 @pytest.mark.parametrize("magnitude", [0, 5, 17, 30])
 def test_fresh_draws_equal_torchvision_at_other_magnitudes(magnitude):
     ours = compose_from_config(
-        {"rand_augment": {"num_ops": 3, "magnitude": magnitude, "interpolation": "bilinear", "fill": [9, 8, 7]}}
+        {
+            "rand_augment": {
+                "num_ops": 3,
+                "magnitude": magnitude,
+                "interpolation": "bilinear",
+                "fill": [9, 8, 7],
+            }
+        }
     )
     theirs = T.RandAugment(3, magnitude, interpolation=T.InterpolationMode.BILINEAR, fill=[9, 8, 7])
     for seed in range(60):
@@ -118,7 +138,9 @@ def test_parameters_survive_json_and_reapply_exactly():
 
 
 def test_erasing_and_flipping_equal_torchvision():
-    ours = compose_from_config({"random_horizontal_flip": {}, "to_tensor": {}, "random_erase": {"value": 0.25}})
+    ours = compose_from_config(
+        {"random_horizontal_flip": {}, "to_tensor": {}, "random_erase": {"value": 0.25}}
+    )
     theirs = T.Compose([T.RandomHorizontalFlip(), T.ToTensor(), T.RandomErasing(value=0.25)])
     for seed in range(50):
         torch.manual_seed(seed)
@@ -130,7 +152,10 @@ def test_erasing_and_flipping_equal_torchvision():
 def test_a_stored_entry_of_datacompdr_decompresses():
     compose = compose_from_config(GOLDEN["config"])
     params = compose.decompress([[14, 87, 236, 275], [[9, -0.27], [3, -30.453]]])
-    assert params == {"random_resized_crop": (14, 87, 236, 275), "rand_augment": ((9, -0.27), (3, -30.453))}
+    assert params == {
+        "random_resized_crop": (14, 87, 236, 275),
+        "rand_augment": ((9, -0.27), (3, -30.453)),
+    }
     tensor, _ = compose.reapply(picture(0, 256, 400), params, size=64)
     assert tensor.shape == (3, 64, 64)
 
@@ -145,14 +170,22 @@ def test_the_order_in_the_config_does_not_matter():
 def test_enable_false_removes_a_transform():
     config = {**ALL, "rand_augment": {"enable": False}, "random_crop": {"enable": False, "size": 3}}
     assert "rand_augment" not in compose_from_config(config).transforms
-    assert len(compose_from_config(config).compress(compose_from_config(config)(picture(0))[1])) == 3
+    assert (
+        len(compose_from_config(config).compress(compose_from_config(config)(picture(0))[1])) == 3
+    )
 
 
 def test_other_picture_modes_become_rgb():
     compose = compose_from_config(GOLDEN["config"])
     for mode in ("L", "P", "CMYK", "RGBA", "LA", "I;16"):
-        img = Image.fromarray(np.arange(8100, dtype=np.uint16).reshape(90, 90)) if mode == "I;16" else None
-        tensor, _ = compose(img or picture(0, 90, 90).convert("L" if mode == "LA" else "RGB").convert(mode))
+        img = (
+            Image.fromarray(np.arange(8100, dtype=np.uint16).reshape(90, 90))
+            if mode == "I;16"
+            else None
+        )
+        tensor, _ = compose(
+            img or picture(0, 90, 90).convert("L" if mode == "LA" else "RGB").convert(mode)
+        )
         assert tensor.shape == (3, 48, 48)
 
 

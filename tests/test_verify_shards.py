@@ -16,10 +16,19 @@ import pytest
 import torch
 import verify_shards
 from conftest import ROOT, environment, run
-from shards import AUGMENTATION, encode, picture, read_shard, reinforced_sample, stored_embeddings, uid, write_shard
+from shards import (
+    AUGMENTATION,
+    encode,
+    picture,
+    read_shard,
+    reinforced_sample,
+    stored_embeddings,
+    uid,
+    write_shard,
+)
 
 from dr.params import register_model
-from dr.reinforcement import embeddings
+from dr.sample import embeddings
 
 SCRIPT = ROOT / "scripts" / "verify_shards.py"
 MODEL = ROOT / "tests" / "data" / "tiny_vit.json"  # 16 wide
@@ -36,7 +45,9 @@ def rows_of(number, seed, dimensions=DIMENSIONS):
 def good(seed, bf16=False, **kwargs):
     """The members of a sample that training can use: 4 augmentations, 3 synthetic captions."""
     members = reinforced_sample(seed, bf16=bf16, **kwargs)
-    members["pth.gz" if bf16 else "npz"] = stored_embeddings(rows_of(4, seed), rows_of(4, seed + 1), bf16)
+    members["pth.gz" if bf16 else "npz"] = stored_embeddings(
+        rows_of(4, seed), rows_of(4, seed + 1), bf16
+    )
     return members
 
 
@@ -65,10 +76,16 @@ def verify(config, tmp_path, capsys):
         options = ["--config", config, "--teacher-dimension", *DIMENSIONS] if made_up else []
         status = 0
         try:
-            verify_shards.main([str(a) for a in (*arguments, *options, "--workers", 1, "--report", report)])
+            verify_shards.main(
+                [str(a) for a in (*arguments, *options, "--workers", 1, "--report", report)]
+            )
         except SystemExit as error:
             status = error.code
-        return status, capsys.readouterr().out, json.loads(report.read_text()) if report.exists() else None
+        return (
+            status,
+            capsys.readouterr().out,
+            json.loads(report.read_text()) if report.exists() else None,
+        )
 
     return verify
 
@@ -80,16 +97,28 @@ def command(config, *arguments):
 
 # --- what can be seen without teachers --------------------------------------------------------------------------------
 def test_good_shards_are_usable_and_the_last_line_says_so(config, tmp_path):
-    write_shard(tmp_path / "joined" / "00" / "00000000.tar", [(uid(seed), good(seed)) for seed in range(5)])
-    write_shard(tmp_path / "joined" / "00000000.tar", [(uid(seed), good(seed, bf16=True)) for seed in range(5, 9)])
+    write_shard(
+        tmp_path / "joined" / "00" / "00000000.tar", [(uid(seed), good(seed)) for seed in range(5)]
+    )
+    write_shard(
+        tmp_path / "joined" / "00000000.tar",
+        [(uid(seed), good(seed, bf16=True)) for seed in range(5, 9)],
+    )
     write_shard(tmp_path / "joined" / "00000001.tar", [(uid(9), good(9, as_string=True))])
     (tmp_path / "joined" / "sizes.json").write_text('{"00000000.tar": 4, "00000001.tar": 1}')
     done = run(command(config, tmp_path / "joined", "--workers", 2), env=environment())
     assert done.returncode == 0, done.stderr
     assert "3 shards, 10 samples, 10 of them read" in done.stdout
-    assert "6 with 4 augmentations, 3 synthetic captions, embeddings 12 wide, float32" in done.stdout
-    assert "4 with 4 augmentations, 3 synthetic captions, embeddings 12 wide, bfloat16" in done.stdout
-    assert done.stdout.splitlines()[-1] == "usable: training can use 10 of the 10 samples read; go ahead"
+    assert (
+        "6 with 4 augmentations, 3 synthetic captions, embeddings 12 wide, float32" in done.stdout
+    )
+    assert (
+        "4 with 4 augmentations, 3 synthetic captions, embeddings 12 wide, bfloat16" in done.stdout
+    )
+    assert (
+        done.stdout.splitlines()[-1]
+        == "usable: training can use 10 of the 10 samples read; go ahead"
+    )
 
 
 class Planted:
@@ -105,7 +134,11 @@ class Planted:
 def planted(marker, bf16):
     stream = io.BytesIO()
     if not bf16:
-        np.savez(stream, image_emb=np.array([Planted(marker)], dtype=object), text_emb=rows_of(4, 0).numpy())
+        np.savez(
+            stream,
+            image_emb=np.array([Planted(marker)], dtype=object),
+            text_emb=rows_of(4, 0).numpy(),
+        )
         return stream.getvalue()
     torch.save({"image_emb": Planted(marker), "text_emb": rows_of(4, 0)}, stream)
     return gzip.compress(stream.getvalue())
@@ -165,14 +198,20 @@ DAMAGES = {
     "unreadable npz": replaced("npz", lambda data: data[:-9]),
     "row counts disagree": embedded(lambda table: table[:3]),
     "embedding width": embedded(lambda table: table[:, :-1]),
-    "embeddings are not finite": embedded(lambda table: torch.cat([table[:3], table[3:] * float("nan")])),
+    "embeddings are not finite": embedded(
+        lambda table: torch.cat([table[:3], table[3:] * float("nan")])
+    ),
     "a teacher's block is not of unit length": embedded(scaled_blocks),
     "augmentation parameters": last_parameters([[0, 0, 9, 9], [[99, 0.0], [0, 0.0]]]),
-    "crop box outside the image": last_parameters([[2, 0, 39, 9], [[0, 0.0], [0, 0.0]]]),  # of 40 x 48 pixels
+    "crop box outside the image": last_parameters(
+        [[2, 0, 39, 9], [[0, 0.0], [0, 0.0]]]
+    ),  # of 40 x 48 pixels
 }
 
 
-def test_each_kind_of_damage_is_counted_under_its_reason_and_its_first_sample_is_named(verify, tmp_path):
+def test_each_kind_of_damage_is_counted_under_its_reason_and_its_first_sample_is_named(
+    verify, tmp_path
+):
     """Two of each kind; what is wrong in one of four augmentations only is found too."""
     samples, first = [(uid(900), good(900))], {}
     for number, (reason, damage) in enumerate(DAMAGES.items()):
@@ -193,14 +232,18 @@ def test_each_kind_of_damage_is_counted_under_its_reason_and_its_first_sample_is
         count, share, named = line.removeprefix(reason).split(maxsplit=2)
         assert int(count) == report["bad"][reason] and share == f"{int(count) / len(samples):.2%}"
         assert named.startswith(f"{first[reason]} of {shard}")
-    assert out.splitlines()[-1].startswith("NOT usable: 35 of 36 samples (97.22%) can't be used, more than --max-bad")
+    assert out.splitlines()[-1].startswith(
+        "NOT usable: 35 of 36 samples (97.22%) can't be used, more than --max-bad"
+    )
 
 
 def test_bfloat16_blocks_may_be_off_by_what_bfloat16_rounds(verify, tmp_path):
     stored = [scale * rows_of(4, 0) for scale in (1.005, 1.02)]
     for scaled, bf16, expected in ((0, True, 0), (1, True, 1), (0, False, 1)):
         members = good(0, bf16=bf16)
-        members["pth.gz" if bf16 else "npz"] = stored_embeddings(stored[scaled], rows_of(4, 1), bf16)
+        members["pth.gz" if bf16 else "npz"] = stored_embeddings(
+            stored[scaled], rows_of(4, 1), bf16
+        )
         assert verify(write_shard(tmp_path / "0.tar", [(uid(0), members)]))[0] == expected
 
 
@@ -208,7 +251,9 @@ def test_bfloat16_blocks_may_be_off_by_what_bfloat16_rounds(verify, tmp_path):
 def test_planted_pickles_are_refused_and_do_not_run(verify, tmp_path, bf16):
     members = good(0, bf16)
     members["pth.gz" if bf16 else "npz"] = planted(tmp_path / "marker", bf16)
-    status, _, report = verify(write_shard(tmp_path / "0.tar", [(uid(0), members), (uid(1), good(1))]))
+    status, _, report = verify(
+        write_shard(tmp_path / "0.tar", [(uid(0), members), (uid(1), good(1))])
+    )
     assert status == 1 and report["bad"] == {"unreadable pth.gz" if bf16 else "unreadable npz": 1}
     assert not (tmp_path / "marker").exists()
 
@@ -217,7 +262,9 @@ def test_samples_are_put_together_as_trainings_reader_does_it(verify, tmp_path):
     """It skips links, and begins another sample where the key changes or an extension comes again."""
     a, b = good(0), good(1)
     text = {"txt": a.pop("txt")}
-    shard = write_shard(tmp_path / "0.tar", [(uid(0), a), (uid(1), b), (uid(1), text), (uid(0), text)])
+    shard = write_shard(
+        tmp_path / "0.tar", [(uid(0), a), (uid(1), b), (uid(1), text), (uid(0), text)]
+    )
     del b["jpg"]
     with tarfile.open(shard, "a") as tar:
         link = tarfile.TarInfo(f"{uid(2)}.jpg")
@@ -229,7 +276,9 @@ def test_samples_are_put_together_as_trainings_reader_does_it(verify, tmp_path):
             tar.addfile(info, io.BytesIO(data))
     _, _, report = verify(shard)
     lacks = {"lacks a caption (txt)": 1, "lacks an image (jpg or jpeg or png or webp)": 2}
-    assert report["bad"] == {**lacks, "a member that is not a plain file": 1} and report["read"] == 5
+    assert (
+        report["bad"] == {**lacks, "a member that is not a plain file": 1} and report["read"] == 5
+    )
 
 
 def test_max_bad_is_the_largest_share_that_passes(verify, tmp_path):
@@ -237,23 +286,35 @@ def test_max_bad_is_the_largest_share_that_passes(verify, tmp_path):
     del samples[2][1]["txt"]
     shard = write_shard(tmp_path / "0.tar", samples)
     status, out, report = verify(shard, "--max-bad", 0.25)
-    assert status == 0 and report["usable"] and "usable: training can use 3 of the 4" in out.splitlines()[-1]
+    assert (
+        status == 0
+        and report["usable"]
+        and "usable: training can use 3 of the 4" in out.splitlines()[-1]
+    )
     status, out, report = verify(shard, "--max-bad", 0.2499)
     assert status == 1 and not report["usable"]
-    assert out.splitlines()[-1].startswith("NOT usable: 1 of 4 samples (25.00%)") and "join again" in out
+    assert (
+        out.splitlines()[-1].startswith("NOT usable: 1 of 4 samples (25.00%)")
+        and "join again" in out
+    )
 
 
 def test_damaged_shards_are_told_and_the_others_are_read(verify, tmp_path):
     folder = tmp_path / "joined"
     for shard in range(5):
-        write_shard(folder / f"{shard:08d}.tar", [(uid(seed), good(seed)) for seed in range(3 * shard, 3 * shard + 3)])
+        write_shard(
+            folder / f"{shard:08d}.tar",
+            [(uid(seed), good(seed)) for seed in range(3 * shard, 3 * shard + 3)],
+        )
     sizes = {f"{shard:08d}.tar": 3 for shard in range(6)}
     (folder / "sizes.json").write_text(json.dumps({**sizes, "00000003.tar": 4}))
     whole = (folder / "00000001.tar").read_bytes()
     (folder / "00000001.tar").write_bytes(whole[: len(whole) // 2])  # holds one whole sample
     write_shard(folder / "00000002.tar", [])
     status, out, report = verify(folder, "--max-bad", 1)
-    assert status == 1 and report["read"] == report["samples"] == 3 + 1 + 3 + 3 and not report["bad"]
+    assert (
+        status == 1 and report["read"] == report["samples"] == 3 + 1 + 3 + 3 and not report["bad"]
+    )
     faults = {Path(shard).name: fault for shard, fault in report["faults"].items()}
     assert list(faults) == [f"{shard:08d}.tar" for shard in (1, 2, 3, 5)]
     assert "not a whole tar" in faults["00000001.tar"] and "no sample" in faults["00000002.tar"]
@@ -267,7 +328,9 @@ def test_damaged_shards_are_told_and_the_others_are_read(verify, tmp_path):
 def test_text_of_a_shard_does_not_reach_the_terminal_as_it_is(verify, tmp_path):
     members = good(0)
     members["npz"] = b"\x1b[2J"
-    status, out, report = verify(write_shard(tmp_path / "0.tar", [("\x1b[31m\udcffkey", members), (uid(1), good(1))]))
+    status, out, report = verify(
+        write_shard(tmp_path / "0.tar", [("\x1b[31m\udcffkey", members), (uid(1), good(1))])
+    )
     assert status == 1 and report["bad"] == {"a member name with a folder or control character": 1}
     assert "?[31m?key" in out and "\x1b" not in out
 
@@ -276,12 +339,16 @@ def test_text_of_a_shard_does_not_reach_the_terminal_as_it_is(verify, tmp_path):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     members = {**good(0), "npz": stored_embeddings(rows_of(4, 0), rows_of(4, 1))}
-    return write_shard(tmp_path_factory.mktemp("many") / "0.tar", [(uid(seed), members) for seed in range(100)])
+    return write_shard(
+        tmp_path_factory.mktemp("many") / "0.tar", [(uid(seed), members) for seed in range(100)]
+    )
 
 
 def test_a_part_is_chosen_by_seed_and_uid_alone(many, tmp_path, verify):
     def chosen(shard=many, seed=0, part=None, number=None):
-        found = verify_shards.verify_shard((str(shard), None), AUGMENTATION, DIMENSIONS, seed, part, number, 100)
+        found = verify_shards.verify_shard(
+            (str(shard), None), AUGMENTATION, DIMENSIONS, seed, part, number, 100
+        )
         assert found["samples"] == 100 and found["read"] == len(found["good"])
         return {sample.uid for sample in found["good"]}
 
@@ -295,7 +362,11 @@ def test_a_part_is_chosen_by_seed_and_uid_alone(many, tmp_path, verify):
     # what is not chosen is not looked at
     damaged = [(key, members if key in some else {**members, "jpg": b""}) for key, members in order]
     status, out, report = verify(write_shard(tmp_path / "damaged.tar", damaged), "--part", 0.3)
-    assert status == 0 and report["read"] == len(some) and f"100 samples, {len(some)} of them read" in out
+    assert (
+        status == 0
+        and report["read"] == len(some)
+        and f"100 samples, {len(some)} of them read" in out
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
@@ -303,7 +374,13 @@ def test_of_samples_that_are_not_chosen_only_headers_are_read(tmp_path, verify):
     members = {**good(0), "url.txt": bytes(200_000), "jpg": good(0)["jpg"] + bytes(200_000)}
     shard = write_shard(tmp_path / "0.tar", [(uid(seed), members) for seed in range(20)])
     count = functools.partial(
-        verify_shards.verify_shard, (str(shard), None), AUGMENTATION, DIMENSIONS, 0, part=None, keep=0
+        verify_shards.verify_shard,
+        (str(shard), None),
+        AUGMENTATION,
+        DIMENSIONS,
+        0,
+        part=None,
+        keep=0,
     )
     count(number=1)  # what is imported and opened once
 
@@ -344,14 +421,43 @@ def quickstart(tmp_path_factory):
         assert done.returncode == 0, done.stderr
 
     data, plain, reinforced = folder / "datasets", folder / "plain", folder / "reinforced"
-    script("quickstart_data.py", "--output", data, "--limit", 12, "--held-out", 20, "--shards", 2, "--size", 48)
+    script(
+        "quickstart_data.py",
+        "--output",
+        data,
+        "--limit",
+        12,
+        "--held-out",
+        20,
+        "--shards",
+        2,
+        "--size",
+        48,
+    )
     sources = ["--source", data / "DataComp-12M", "--source", data / "DataComp-12M-images"]
     script("join_shards.py", *sources, "--require", "image,caption", "--output", plain)
     captions = ["--synthetic-captions", data / "synthetic_captions.jsonl"]
     pattern = f"{plain}/{{00000000..00000001}}.tar"
-    script("reinforce.py", "--input", pattern, "--output", reinforced, "--config", folder / "config.json", *captions)
+    script(
+        "reinforce.py",
+        "--input",
+        pattern,
+        "--output",
+        reinforced,
+        "--config",
+        folder / "config.json",
+        *captions,
+    )
     for output, options in (("joined", []), ("joined-bf16", ["--embeddings", "bf16"])):
-        script("join_shards.py", *sources, "--source", reinforced, "--output", folder / output, *options)
+        script(
+            "join_shards.py",
+            *sources,
+            "--source",
+            reinforced,
+            "--output",
+            folder / output,
+            *options,
+        )
     return folder
 
 
@@ -366,7 +472,15 @@ def belong_together(report):
 
 def test_the_quickstarts_embeddings_are_those_of_its_teachers(quickstart, tmp_path):
     report = tmp_path / "report.json"
-    options = ["--config", quickstart / "config.json", "--workers", 1, "--teachers", "--report", report]
+    options = [
+        "--config",
+        quickstart / "config.json",
+        "--workers",
+        1,
+        "--teachers",
+        "--report",
+        report,
+    ]
     done = run([sys.executable, SCRIPT, quickstart / "joined", *options], env=environment())
     assert done.returncode == 0, done.stderr + done.stdout
     assert belong_together(json.loads(report.read_text()))
@@ -412,24 +526,39 @@ def swap_teachers(samples):
     ],
     ids=["images swapped", "augmentations shifted", "captions shifted", "teachers swapped"],
 )
-def test_what_does_not_belong_together_is_found_and_the_worst_is_named(quickstart, verify, tmp_path, mix_up, kinds):
+def test_what_does_not_belong_together_is_found_and_the_worst_is_named(
+    quickstart, verify, tmp_path, mix_up, kinds
+):
     """All of these pass every check that needs no teacher."""
     samples = samples_of(quickstart / "joined" / "00000000.tar")
     mixed_up = mix_up(samples)
     shard = write_shard(tmp_path / "joined" / "00000000.tar", samples.items())
-    arguments = [shard, quickstart / "joined" / "00000001.tar", "--config", quickstart / "config.json"]
+    arguments = [
+        shard,
+        quickstart / "joined" / "00000001.tar",
+        "--config",
+        quickstart / "config.json",
+    ]
     assert verify(*arguments, made_up=False)[0] == 0
     # teachers that have learnt nothing find all pictures much alike
     status, out, report = verify(*arguments, "--teachers", "--min-cosine", 0.9999, made_up=False)
     assert status == 1 and not report["bad"]
     for row in report["teachers"]:
         if row["of"] in kinds:
-            assert row["min"] < 0.9999 and row["worst"]["uid"] in mixed_up and row["worst"]["shard"] == str(shard)
+            assert (
+                row["min"] < 0.9999
+                and row["worst"]["uid"] in mixed_up
+                and row["worst"]["shard"] == str(shard)
+            )
             assert row["under_min_cosine"] >= len(mixed_up)
         else:
             assert row["min"] > 0.9999 and not row["under_min_cosine"]
     last = out.splitlines()[-1]
-    assert last.startswith("NOT usable") and any(key in last for key in mixed_up) and str(shard) in last
+    assert (
+        last.startswith("NOT usable")
+        and any(key in last for key in mixed_up)
+        and str(shard) in last
+    )
 
 
 def test_teachers_can_be_named_in_the_place_of_the_configs(quickstart, verify):
@@ -457,7 +586,12 @@ def test_bad_input_gets_one_clear_line(config, tmp_path, many):
             verify_shards.main([str(argument) for argument in arguments])
         line = str(error.value)
         assert said in line and "\n" not in line
-    for arguments in (["--part", "0"], ["--part", "2"], ["--samples", "0"], ["--teachers", "ViT-B-32"]):
+    for arguments in (
+        ["--part", "0"],
+        ["--part", "2"],
+        ["--samples", "0"],
+        ["--teachers", "ViT-B-32"],
+    ):
         with pytest.raises(SystemExit) as error:
             verify_shards.main([str(many), *arguments])
         assert error.value.code == 2
@@ -477,7 +611,9 @@ def test_an_interruption_is_one_line(config, tmp_path):
     )
     try:
         told = ""
-        while "verify:" not in told and (char := process.stderr.read(1)):  # the progress bar: it has begun
+        while "verify:" not in told and (
+            char := process.stderr.read(1)
+        ):  # the progress bar: it has begun
             told += char
         process.send_signal(signal.SIGINT)
         told += process.stderr.read()

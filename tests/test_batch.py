@@ -3,7 +3,7 @@
 import torch
 from torchvision.transforms import functional as F
 
-from dr.step import add_teacher, share_of_gradient, unpack_batch
+from dr.batch import add_teacher, share_of_gradient, unpack_batch
 
 STATISTICS = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])
 
@@ -11,7 +11,9 @@ STATISTICS = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])
 def reinforced_batch(size=5, captions=2):
     images = torch.arange(size * 12, dtype=torch.uint8).reshape(size, 2, 2, 3)
     texts = (
-        torch.arange(size)[:, None, None] * 10 + torch.arange(captions)[None, :, None] + torch.zeros(1, 1, 7, dtype=int)
+        torch.arange(size)[:, None, None] * 10
+        + torch.arange(captions)[None, :, None]
+        + torch.zeros(1, 1, 7, dtype=int)
     )
     return images, texts, torch.rand(size, 4), torch.rand(size, captions, 4), STATISTICS
 
@@ -22,7 +24,10 @@ def test_texts_become_one_batch_originals_first_and_are_split_again():
     pixels = torch.stack([F.to_tensor(image.numpy()) for image in batch[0]])
     assert torch.equal(images, F.normalize(pixels, *STATISTICS.tolist()))
     assert texts[:, 0].tolist() == [0, 10, 20, 30, 40, 1, 11, 21, 31, 41]
-    out = add_teacher({"image_features": images, "text_features": texts, "logit_scale": torch.tensor(1.0)}, teacher)
+    out = add_teacher(
+        {"image_features": images, "text_features": texts, "logit_scale": torch.tensor(1.0)},
+        teacher,
+    )
     assert out["text_features"][:, 0].tolist() == [0, 10, 20, 30, 40]
     assert out["syn_text_features"][:, 0].tolist() == [1, 11, 21, 31, 41]
     assert torch.equal(out["dist_image_features"], batch[2])

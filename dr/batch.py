@@ -13,7 +13,9 @@ from torch import Tensor
 from .transforms import to_normalized
 
 
-def unpack_batch(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def unpack_batch(
+    batch: Sequence[Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Split a batch into what the model encodes and what only the loss sees.
 
     Args:
@@ -31,8 +33,13 @@ def unpack_batch(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor,
     images, texts, image_emb, text_emb, statistics = batch
     images = to_normalized(images.to(device=device, non_blocking=True), statistics)
     names = ("dist_text_features", "dist_syn_text_features")
-    teacher = {"dist_image_features": image_emb, **dict(zip(names, text_emb.unbind(1), strict=False))}
-    teacher = {name: features.to(device=device, non_blocking=True) for name, features in teacher.items()}
+    teacher = {
+        "dist_image_features": image_emb,
+        **dict(zip(names, text_emb.unbind(1), strict=False)),
+    }
+    teacher = {
+        name: features.to(device=device, non_blocking=True) for name, features in teacher.items()
+    }
     return images, texts.transpose(0, 1).flatten(0, 1), teacher
 
 
@@ -50,4 +57,8 @@ def share_of_gradient(logit_scale: Tensor, teacher: dict[str, Tensor], parts: in
     With gradient accumulation OpenCLIP goes back through the loss of the whole accumulated batch once for each of its
     parts. Features get their gradient from their own part only; the logit scale would get all of it each time.
     """
-    return logit_scale.detach() + (logit_scale - logit_scale.detach()) / parts if teacher else logit_scale
+    return (
+        logit_scale.detach() + (logit_scale - logit_scale.detach()) / parts
+        if teacher
+        else logit_scale
+    )

@@ -12,8 +12,8 @@ import pytest
 import torch
 from shards import AUGMENTATION, encode, picture, reinforced_sample, stored_embeddings
 
-from dr import reinforcement
-from dr.reinforcement import BadSample, decode_image, draw
+from dr import sample as reinforcement
+from dr.sample import BadSample, decode_image, draw
 from dr.transforms import compose_from_config
 
 COMPOSE = compose_from_config(AUGMENTATION)
@@ -32,8 +32,14 @@ def test_the_embeddings_are_those_of_the_drawn_augmentation_and_captions(bf16, a
         original, synthetic = (int(text.split()[1]) for text in drawn["captions"])
         assert original == 0 and synthetic > 0
         assert torch.equal(drawn["image_emb"].float(), torch.full((12,), 3 + augmentation / 64))
-        assert torch.equal(drawn["text_emb"].float(), torch.tensor([[-3.0], [-3 - synthetic / 64]]).expand(2, 12))
-        assert drawn["image_emb"].dtype == drawn["text_emb"].dtype == (torch.bfloat16 if bf16 else torch.float32)
+        assert torch.equal(
+            drawn["text_emb"].float(), torch.tensor([[-3.0], [-3 - synthetic / 64]]).expand(2, 12)
+        )
+        assert (
+            drawn["image_emb"].dtype
+            == drawn["text_emb"].dtype
+            == (torch.bfloat16 if bf16 else torch.float32)
+        )
         assert drawn["jpg"] == sample["jpg"]
         seen.add((augmentation, synthetic))
     assert len(seen) == 4 * 3  # every combination comes up
@@ -52,7 +58,10 @@ def test_mixing_draws_one_caption_with_the_given_probability():
 
 def broken(**members):
     """A sample with other members; None leaves one out."""
-    sample = {**reinforced_sample(5), **{name.replace("_", "."): data for name, data in members.items()}}
+    sample = {
+        **reinforced_sample(5),
+        **{name.replace("_", "."): data for name, data in members.items()},
+    }
     return {name: data for name, data in sample.items() if data is not None}
 
 
@@ -128,7 +137,9 @@ def test_a_broken_sample_is_told_from_others_by_its_reason(sample, message):
     with pytest.raises(BadSample, match=message) as raised:
         draw(sample, COMPOSE, random.Random(0), width=12)
     assert str(raised.value).startswith(raised.value.reason)
-    assert not any(digit in raised.value.reason for digit in "0123456789")  # one reason for all samples of its kind
+    assert not any(
+        digit in raised.value.reason for digit in "0123456789"
+    )  # one reason for all samples of its kind
 
 
 class Planted:
@@ -141,7 +152,9 @@ class Planted:
         return (open, (self.path, "w"))
 
 
-@pytest.mark.parametrize("where", ["npz", "array in npz", "pth.gz", "legacy pth.gz", "pickle in pth.gz"])
+@pytest.mark.parametrize(
+    "where", ["npz", "array in npz", "pth.gz", "legacy pth.gz", "pickle in pth.gz"]
+)
 def test_a_planted_pickle_is_not_run(where, tmp_path):
     path, stream = tmp_path / "ran", io.BytesIO()
     planted = Planted(str(path))
@@ -157,7 +170,9 @@ def test_a_planted_pickle_is_not_run(where, tmp_path):
         if where == "pickle in pth.gz":
             stream.write(pickle.dumps(planted))
         else:
-            torch.save({"image_emb": planted}, stream, _use_new_zipfile_serialization=where == "pth.gz")
+            torch.save(
+                {"image_emb": planted}, stream, _use_new_zipfile_serialization=where == "pth.gz"
+            )
         members = {"npz": None, "pth_gz": gzip.compress(stream.getvalue())}
     with pytest.raises(BadSample, match="unreadable"):
         draw(broken(**members), COMPOSE, random.Random(0))
@@ -166,14 +181,26 @@ def test_a_planted_pickle_is_not_run(where, tmp_path):
 
 def test_a_stored_tensor_that_asks_for_gradients_gets_none():
     """Such a tensor can't leave a worker: the run would hang."""
-    drawn = draw(broken(npz=None, pth_gz=pth_gz(torch.zeros(4, 12, requires_grad=True))), COMPOSE, random.Random(0))
+    drawn = draw(
+        broken(npz=None, pth_gz=pth_gz(torch.zeros(4, 12, requires_grad=True))),
+        COMPOSE,
+        random.Random(0),
+    )
     assert not drawn["image_emb"].requires_grad
 
 
 def test_images_of_every_kind_become_rgb():
-    for mode, image_format in (("RGB", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "WEBP")):
+    for mode, image_format in (
+        ("RGB", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("L", "PNG"),
+        ("P", "PNG"),
+        ("RGBA", "WEBP"),
+    ):
         for size in ((40, 48), (1, 1)):
-            sample = {"png": encode(picture(0, *size).convert(mode), image_format)}  # the member's name is not asked
+            sample = {
+                "png": encode(picture(0, *size).convert(mode), image_format)
+            }  # the member's name is not asked
             img = decode_image(sample)
             assert (img.mode, img.size) == ("RGB", size[::-1])
 
