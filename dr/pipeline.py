@@ -8,6 +8,7 @@ In reinforced training with replacement OpenCLIP chooses the shards, and the cha
 does the rest. The baseline keeps OpenCLIP's stages, with a count of the samples between them.
 """
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,10 +23,13 @@ from .chain import Counts, Recipe, SkipLimit, Streak, Tally, Tokenizer, batches,
 from .loader import PassLoader, StreamLoader, ignore_sigterm
 from .sample import (
     IMAGE_MEMBERS,
+    MAX_CAPTION,
     PLAIN_MEMBERS,
     USED_MEMBERS,
+    BadSample,
     BaselineRecipe,
     ReinforcedRecipe,
+    caption,
     missing,
 )
 from .sources import MAX_UNREADABLE_SHARDS, Skipped, stream
@@ -129,11 +133,14 @@ def _reinforced_batches(
 
 # --- the baseline ---------------------------------------------------------------------------------
 def keep_image_and_caption(samples: Iterable[dict]) -> Iterator[dict]:
-    """A stage: drop all other members. OpenCLIP would decode them, and WebDataset unpickles
-    some."""
+    """A stage: drop all other members, which OpenCLIP would decode, and WebDataset even unpickle."""
     kept = {*IMAGE_MEMBERS, "txt"}
     for sample in samples:
-        yield {n: data for n, data in sample.items() if n in kept or n.startswith("__")}
+        sample = {n: data for n, data in sample.items() if n in kept or n.startswith("__")}
+        if len(sample.get("txt", b"")) > MAX_CAPTION:
+            with contextlib.suppress(BadSample):  # OpenCLIP's decoding drops the sample
+                sample["txt"] = caption(sample).encode()
+        yield sample
 
 
 class BaselineStages:

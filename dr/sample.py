@@ -42,6 +42,9 @@ USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for exte
 EMBEDDINGS = ("image_emb", "text_emb")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # only these: some of Pillow's formats start a program
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's images have at most 512 x 512
+# Characters of a caption. 77 tokens of CLIP's vocabulary cover at most 2,464 bytes, so the cut changes
+# no token; OpenCLIP's tokenizer takes minutes for 100,000 letters without a space.
+MAX_CAPTION = 8192
 MAX_INFLATED = 2**26  # bytes of one embedding member; a sample of DataCompDR-12M holds 221,184
 
 
@@ -94,7 +97,14 @@ def synthetic_captions(sample: dict) -> list[str]:
         or not all(isinstance(c, str) and c.strip() for c in captions)
     ):
         raise BadSample("unreadable syn.json", "expected a list of captions under syn_text")
-    return captions
+    return [_bound_caption(text) for text in captions]
+
+
+def _bound_caption(text: str) -> str:
+    """The caption, cut if it is very long; see ``MAX_CAPTION``."""
+    if len(text) <= MAX_CAPTION:
+        return text
+    return " ".join(text.split())[:MAX_CAPTION]
 
 
 def augmentation_parameters(sample: dict) -> list:
@@ -116,7 +126,7 @@ def caption(sample: dict) -> str:
         raise BadSample("unreadable txt", error) from error
     if not text:
         raise BadSample("empty caption")
-    return text
+    return _bound_caption(text)
 
 
 def embeddings(sample: dict) -> dict[str, Tensor]:
@@ -228,23 +238,36 @@ def _load_pth_gz(data: bytes) -> dict:
 
 
 def decode_image(sample: dict) -> Image.Image:
-    """The image of a sample, as RGB."""
+    """The image of a sample, as RGB: 16 bits scaled to 8, transparency composited on white."""
     member, data = first_member(sample, IMAGE_MEMBERS)
     try:
         img = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if img.width * img.height > MAX_PIXELS:
-            raise BadSample(
-                "oversized image",
-                f"{img.width}x{img.height}, at most {MAX_PIXELS} pixels are taken",
-            )
+            found = f"{img.width}x{img.height}, at most {MAX_PIXELS} pixels are taken"
+            raise BadSample("oversized image", found)
         img.load()
-        return img if img.mode == "RGB" else img.convert("RGB")
+        return _to_rgb(img)
     except BadSample:
         raise
     except Exception as error:  # Pillow raises nearly anything on a broken file
-        raise BadSample(
-            "undecodable image", f"{member}: {type(error).__name__}: {error}"
-        ) from error
+        detail = f"{member}: {type(error).__name__}: {error}"
+        raise BadSample("undecodable image", detail) from error
+
+
+def _to_rgb(img: Image.Image) -> Image.Image:
+    """Pillow's own conversion clips 16 bits to white, and shows what lies under transparency."""
+    transparent = img.info.get("transparency")
+    if img.mode.startswith("I"):  # PNG: 16 bits of grey, perhaps with one transparent value
+        grey = np.asarray(img).astype(np.uint32)
+        scaled = ((grey * 255 + 32767) // 65535).astype(np.uint8)
+        if isinstance(transparent, int):
+            scaled[grey == transparent] = 255
+        return Image.fromarray(scaled).convert("RGB")
+    if transparent is not None or img.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        img = img.convert("RGBA")
+        white = Image.new("RGBA", img.size, "white")
+        return Image.alpha_composite(white, img).convert("RGB")
+    return img if img.mode == "RGB" else img.convert("RGB")
 
 
 def draw(

@@ -8,12 +8,22 @@ import random
 import zipfile
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from PIL import Image
 from shards import AUGMENTATION, encode, picture, reinforced_sample, stored_embeddings
 
 from dr import sample as reinforcement
-from dr.sample import BadSample, decode_image, draw
+from dr.pipeline import keep_image_and_caption
+from dr.sample import (
+    MAX_CAPTION,
+    BadSample,
+    caption,
+    decode_image,
+    draw,
+    synthetic_captions,
+)
 from dr.sampling import RandomChoice
 from dr.transforms import compose_from_config
 
@@ -205,6 +215,87 @@ def test_images_of_every_kind_become_rgb():
             }  # the member's name is not asked
             img = decode_image(sample)
             assert (img.mode, img.size) == ("RGB", size[::-1])
+
+
+RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (4, 1))
+LOGO = np.zeros((4, 6, 4), np.uint8)  # black, on a transparent ground
+LOGO[1:3, 2:4, 3] = 255
+
+
+def with_alpha(mode):
+    return Image.fromarray(LOGO).convert(mode)
+
+
+def palette_with_transparency():
+    img = Image.fromarray(LOGO[..., 3] // 255 + 1).convert("P")  # 2: the logo, 1: the ground
+    img.putpalette([0, 0, 0, 10, 10, 10, 0, 0, 0] + [0] * 759)
+    return img
+
+
+@pytest.mark.parametrize(
+    ("img", "image_format", "options"),
+    [
+        (with_alpha("RGBA"), "PNG", {}),
+        (with_alpha("LA"), "PNG", {}),
+        (with_alpha("RGBA"), "WEBP", {"lossless": True}),
+        (palette_with_transparency(), "PNG", {"transparency": 1}),
+        (Image.fromarray(10 - 5 * (LOGO[..., 3] // 128)), "PNG", {"transparency": 10}),
+        (Image.fromarray(LOGO[..., 3].astype(np.uint16) * 0 + 7), "PNG", {"transparency": 7}),
+    ],
+    ids=[
+        "RGBA",
+        "LA",
+        "WebP",
+        "palette",
+        "grey with a transparent value",
+        "16 bits, all transparent",
+    ],
+)
+def test_transparency_is_composited_on_white(img, image_format, options):
+    stream = io.BytesIO()
+    img.save(stream, image_format, **options)
+    found = np.asarray(decode_image({"png": stream.getvalue()}))
+    logo = LOGO[..., 3] == 255
+    if img.mode.startswith("I"):
+        logo[:] = False
+    assert (found[~logo] == 255).all() and (found[logo] < 12).all()
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    found = np.asarray(decode_image({"png": encode(Image.fromarray(RAMP), "PNG")}))
+    assert found.shape == (4, 64, 3) and (found == found[..., :1]).all()
+    assert np.abs(found[0, :, 0] - RAMP[0] / 257).max() <= 0.5
+
+
+def test_a_jpeg_is_what_pillow_decodes():
+    data = encode(picture(3))
+    assert np.array_equal(decode_image({"jpg": data}), Image.open(io.BytesIO(data)))
+
+
+# --- captions -------------------------------------------------------------------------------------
+def long_captions():
+    rng = random.Random(0)
+    letters = "".join(rng.choices("abcdefghij", k=9000))
+    yield letters
+    yield "\N{FACE WITH TEARS OF JOY}" * 9000
+    yield "a" * 9000
+    yield " ".join("".join(rng.choices("aeiourstn", k=rng.randrange(1, 9))) for _ in range(3000))
+    yield "word" + 9000 * " " + "another" + 5000 * "\n" + letters
+    yield "&amp;lt;&#8217;" * 2000
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_long_caption_is_cut_without_changing_its_tokens(number):
+    tokenizer = open_clip.get_tokenizer("ViT-B-16")
+    text = list(long_captions())[number]
+    sample = {"txt": text.encode(), "syn.json": json.dumps({"syn_text": [text]}).encode()}
+    for found in (caption(sample), *synthetic_captions(sample)):
+        assert len(found) <= MAX_CAPTION < len(text)
+        assert torch.equal(tokenizer([found]), tokenizer([text]))
+    (kept,) = keep_image_and_caption([sample])
+    assert kept == {"txt": caption(sample).encode()}
+    short = {"txt": b" a  caption\n of many spaces "}
+    assert caption(short) == "a  caption\n of many spaces"
 
 
 def test_broken_and_oversized_images_are_told(monkeypatch):
