@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+import fsspec
 import numpy as np
 import torch
 
@@ -20,18 +21,25 @@ TEMPORARY = "checkpoint.tmp"  # one name, so that killed runs leave at most one 
 PREFIX = "module."  # of all names in the state of a DistributedDataParallel
 
 
+# Registered once, so that OpenCLIP's own torch.load of a --pretrained file takes them, too.
+_SCALAR = np.float64(0).__reduce__()[0]  # the function that makes a pickled NumPy scalar
+torch.serialization.add_safe_globals(
+    [
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")),
+        *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    ]
+)
+
+
 def load(file: str | os.PathLike | BinaryIO, map_location: Any = None, mmap: Any = None) -> Any:
-    """``torch.load(…, weights_only=True)`` that also takes NumPy scalars, of NumPy 1 and 2.
+    """``torch.load(…, weights_only=True)``, which also takes NumPy scalars of NumPy 1 and 2.
 
     Args:
         file: path or binary file.
         map_location, mmap: as in ``torch.load``.
     """
-    scalar = np.float64(0).__reduce__()[0]  # the function that a pickled NumPy scalar is made by
-    allowed: list = [np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))]
-    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+    return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def save(content: dict, path: str) -> None:
@@ -60,11 +68,14 @@ def match_names(state: Mapping[str, Any], model: torch.nn.Module) -> dict[str, A
 
 def step_checkpoints(folder: str) -> list[str]:
     """The checkpoints within epochs, the least advanced first."""
-    found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "epoch_*_step_*.pt")):
-        if numbers := re.fullmatch(r"epoch_(\d+)_step_(\d+)\.pt", os.path.basename(path)):
-            found.append((int(numbers[1]), int(numbers[2]), path))
-    return [path for _, _, path in sorted(found)]
+    paths = glob.glob(os.path.join(glob.escape(folder), "epoch_*_step_*.pt"))
+    return sorted(filter(_progress, paths), key=_progress)
+
+
+def _progress(path: str) -> tuple[int, ...]:
+    """Epochs and steps of a checkpoint by its name; an empty tuple for any other file."""
+    numbers = re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pt", os.path.basename(path))
+    return (int(numbers[1]), int(numbers[2] or 0)) if numbers else ()
 
 
 def latest(folder: str) -> str | None:
@@ -73,20 +84,48 @@ def latest(folder: str) -> str | None:
     Unreadable ones are skipped with a warning; the unpatched trainer leaves such a file if it is
     killed while it writes.
     """
-    found = []
+    found: list[tuple] = []
     for path in glob.glob(os.path.join(glob.escape(folder), "epoch_*.pt")):
-        name = os.path.basename(path)
-        numbers = re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pt", name)
-        if numbers:
-            found.append((int(numbers[1]), int(numbers[2] or 0), False, path))
-        elif name == LATEST:
-            epoch = _read(path).get("epoch")
-            if epoch is not None:
-                found.append((epoch, 0, True, path))
+        if progress := _progress(path):
+            found.append((*progress, False, path))
+        elif os.path.basename(path) == LATEST and (epoch := _read(path).get("epoch")) is not None:
+            found.append((epoch, 0, True, path))
     for *_, is_latest, path in sorted(found, reverse=True):
         if is_latest or _read(path):
             return path
     return None
+
+
+def fetch_latest(remote: str, folder: str) -> None:
+    """Download the most advanced readable checkpoint of a remote folder.
+
+    Args:
+        remote: address that fsspec understands, such as ``s3://bucket/runs/NAME/checkpoints``.
+        folder: where to put the checkpoint. Nothing is downloaded if it is there already.
+
+    Raises:
+        SystemExit: the remote folder cannot be read.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(remote)
+        filesystem.invalidate_cache()
+        names = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+        for name in sorted(filter(_progress, names), key=_progress, reverse=True):
+            target = os.path.join(folder, os.path.basename(name))
+            if os.path.exists(target):
+                return
+            temporary = os.path.join(folder, TEMPORARY)
+            filesystem.get_file(name, temporary)
+            if _read(temporary):
+                os.replace(temporary, target)
+                logging.info(f"Downloaded {name} from {remote}")
+                return
+    except Exception as error:  # of any storage and its client
+        raise SystemExit(
+            f"error: --remote-sync {remote} can't be read to resume from: "
+            f"{type(error).__name__}: {error}. Check the address and the credentials, or install "
+            "the client that fsspec needs for it (s3fs for s3://)."
+        ) from error
 
 
 def _read(path: str) -> dict:

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import islice
 from typing import Any
@@ -66,6 +66,7 @@ class Loader:
         args: the trainer's options.
 
     Attributes:
+        epoch: epochs that are complete.
         first: batches of the present epoch that were taken before the run was resumed.
         position: batches of the present epoch that were taken so far.
         read, skipped: samples that this rank has read and skipped in the present epoch.
@@ -74,7 +75,7 @@ class Loader:
 
     def __init__(self, args: Any):
         self.args = args
-        self.first = self.position = self.read = 0
+        self.epoch = self.first = self.position = self.read = 0
         self.skipped = Counter[str]()
         self.recent_uids = deque[list[str]](maxlen=args.accum_freq)
 
@@ -97,7 +98,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         limit = SkipLimit(self.num_batches * self.args.batch_size, self.args.max_skipped_fraction)
         self.position = self.first
-        for batch, counts in self._rest_of_epoch(self.num_batches - self.first):
+        for batch, counts in self._rest_of_epoch(self.batches_of_epoch() - self.first):
             self.read += counts.read
             self.skipped.update(counts.skipped)
             limit.check(self.read, self.skipped)
@@ -105,6 +106,14 @@ class Loader:
             self.recent_uids.append(batch.uids)
             yield batch
         self.first = self.position = 0
+        self.epoch += 1
+
+    def batches_of_epoch(self) -> int:
+        """As ``num_batches``, but fewer in the last epoch of a run with ``--total-steps``."""
+        if self.args.total_steps is None:
+            return self.num_batches
+        left = self.args.total_steps * self.args.accum_freq - self.epoch * self.num_batches
+        return max(self.first, min(self.num_batches, left))
 
     def reset_counts(self) -> Counts:
         """Return this rank's counts of the epoch, and start counting anew."""
@@ -141,6 +150,18 @@ class Loader:
         self.skipped = sum((Counter(rank["skipped"]) for rank in own), Counter())
 
 
+def count_batches(args: Any, count_samples: Callable[[], int] = int) -> int:
+    """Batches of each rank in the optimizer steps that an epoch's samples make, rounded up.
+
+    Args:
+        args: the trainer's options.
+        count_samples: samples in the data set, where ``--train-num-samples`` is not given.
+    """
+    samples = args.train_num_samples or count_samples()
+    steps = math.ceil(samples / (args.batch_size * args.world_size * args.accum_freq))
+    return steps * args.accum_freq
+
+
 class StreamLoader(Loader):
     """Batches of OpenCLIP's own loader, for sampling with replacement.
 
@@ -156,8 +177,8 @@ class StreamLoader(Loader):
 
     @property
     def num_batches(self) -> int:
-        """Batches of each rank in an epoch."""
-        return self._num_batches
+        """Batches of each rank in an epoch, as OpenCLIP rounds them up for its workers."""
+        return self._num_batches if self.args.total_steps is None else count_batches(self.args)
 
     def _rest_of_epoch(self, batches: int) -> Iterable[tuple[Batch, Counts]]:
         return islice(self.source, batches)
@@ -203,10 +224,7 @@ class PassLoader(Loader):
     @property
     def num_batches(self) -> int:
         """Batches of each rank in an epoch: whole optimizer steps."""
-        args = self.args
-        samples_per_step = args.batch_size * args.world_size * args.accum_freq
-        samples = args.train_num_samples or sum(self.sizes)
-        return math.ceil(samples / samples_per_step) * args.accum_freq
+        return count_batches(self.args, lambda: sum(self.sizes))
 
     def _rest_of_epoch(self, batches: int) -> Iterator[tuple[Batch, Counts]]:
         limit = SkipLimit(self.num_batches * self.args.batch_size, self.args.max_skipped_fraction)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
@@ -89,6 +90,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Train in passes over all samples of all shards, each sample once in a pass.",
     )
     group.add_argument(
+        "--total-steps",
+        type=int,
+        metavar="N",
+        help="End the run, and the learning rate's schedule, after exactly N optimizer steps: epochs "
+        "have the steps of --train-num-samples, and the last one what is left. Default: as OpenCLIP, "
+        "which rounds an epoch up to whole batches for each data loading worker.",
+    )
+    group.add_argument(
         "--save-every-n-steps",
         type=int,
         default=0,
@@ -167,6 +176,9 @@ def list_rules(args: Namespace, parser: ArgumentParser) -> Iterator[Rule]:
         )
     if args.save_every_n_steps:
         yield from _conflicts("--save-every-n-steps", _needs_tars(args))
+    if args.total_steps:
+        yield from _conflicts("--total-steps", _needs_tars(args))
+    yield from _copy_rules(args)
     if args.dataset_reinforcement:
         yield from _reinforcement_rules(args)
     else:
@@ -196,8 +208,42 @@ def _needs_tars(args: Namespace) -> list[Rule]:
     ]
 
 
+def _copy_rules(args: Namespace) -> Iterator[Rule]:
+    """Options that copy a folder must not write into that folder."""
+    logs = os.path.realpath(args.logs)
+    tree = os.path.realpath(os.path.join(os.path.dirname(__file__), "..", "..", ".."))
+    inside = os.path.relpath(logs, tree).split(os.sep)
+    ignored = {"log", "logs", "wandb", ".."}  # what --copy-codebase does not copy
+    yield (
+        args.copy_codebase and not ignored.intersection(inside),
+        f"--copy-codebase copies {tree}, and --logs {args.logs} is inside it: choose another folder "
+        "for --logs, or one named logs/",
+    )
+    yield (
+        bool(args.remote_sync)
+        and args.remote_sync_protocol == "s3"
+        and shutil.which("aws") is None,
+        f"--remote-sync {args.remote_sync}: --remote-sync-protocol s3 needs the AWS command line (aws), "
+        "which is not installed: install it, or use --remote-sync-protocol fsspec",
+    )
+    target = (args.remote_sync or "").removeprefix("file://")
+    is_local = bool(target) and "://" not in target
+    target = os.path.realpath(target)
+    yield (
+        is_local and os.path.commonpath([logs, target]) == logs,
+        f"--remote-sync {args.remote_sync} is inside --logs {args.logs}, which it copies: choose "
+        "another folder",
+    )
+
+
 def _value_rules(args: Namespace) -> Iterator[Rule]:
     steps, kept, fraction = args.save_every_n_steps, args.keep_last_k, args.max_skipped_fraction
+    total = args.total_steps
+    yield total is not None and total < 1, f"--total-steps {total}: expected 1 or more"
+    yield (
+        total is not None and args.train_num_samples is None,
+        f"--total-steps {total} needs --train-num-samples, the samples of an epoch",
+    )
     yield steps < 0, f"--save-every-n-steps {steps}: expected a number of steps, or 0"
     yield kept < 1, f"--keep-last-k {kept}: expected 1 or more"
     yield (

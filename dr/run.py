@@ -15,18 +15,50 @@ import re
 import signal
 import sys
 from collections import Counter, deque
+from functools import partial
 from typing import Any, NamedTuple
 
+import open_clip
+import timm
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor
 
 from .chain import list_counts
-from .checkpoint import save, step_checkpoints
+from .checkpoint import PREFIX, save, step_checkpoints
 from .loader import Loader, gather_objects
 
 TERMINATED = 128 + signal.SIGTERM  # exit status
 STEPS_KEPT = 3  # whose losses and uids are kept: a loss is examined up to two steps later
+
+
+def set_grad_checkpointing(args: Any, model: Any) -> None:
+    """Enable gradient checkpointing, so that the unlocked part of a locked tower trains, too.
+
+    Reentrant checkpointing, which OpenCLIP uses, yields no gradients where the input of a segment
+    needs none, as behind the locked layers of a tower.
+    """
+    if args.lock_image or args.lock_text:
+        checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        for module in (open_clip.transformer, timm.models._manipulate):
+            setattr(module, "checkpoint", checkpoint)  # noqa: B010
+        logging.info("A tower is locked, so gradient checkpointing is not reentrant")
+    model.set_grad_checkpointing()
+
+
+def parameters_without_gradient(model: torch.nn.Module) -> list[str]:
+    """Parameters, or whole blocks of a tower, that ask for a gradient and have none.
+
+    ``visual.transformer.resblocks.3`` stands for all parameters of that block.
+    """
+    has_gradient: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            block = re.match(r".*?\.\d+(?=\.)", name)
+            group = (block[0] if block else name).removeprefix(PREFIX)
+            has_gradient[group] = has_gradient.get(group, False) or parameter.grad is not None
+    return [group for group, found in has_gradient.items() if not found]
 
 
 class _Step(NamedTuple):
@@ -68,11 +100,15 @@ class Run:
         self.steps: deque[_Step] = deque(maxlen=STEPS_KEPT)
         self.group: Any = None
         self.exchange: tuple[Any, Tensor] | None = None  # in progress
-        self.terminated = False
+        self.terminated = self.has_stepped = False
         if self.loader is not None and dist.is_initialized():
             self.group = dist.new_group(backend="gloo")  # agrees while the GPUs work
         if self.resumes_within_epochs:
             signal.signal(signal.SIGTERM, self._terminate)
+        if self.loader is not None and args.rank == 0:
+            steps = self.loader.num_batches // args.accum_freq
+            total = args.total_steps or steps * args.epochs
+            logging.info(f"The run takes {total} optimizer steps, in epochs of {steps}")
 
     # --- state ------------------------------------------------------------------------------------
     def state_dict(self, epoch: int) -> dict:
@@ -101,7 +137,10 @@ class Run:
     def load_state_dict(self, content: dict) -> None:
         """Continue where the run was that wrote a checkpoint, as far as the checkpoint says."""
         state = content.get("dr")
-        if not state or self.loader is None:
+        if self.loader is None:
+            return
+        self.loader.epoch = content.get("epoch", 0)
+        if not state:
             return
         self.loader.load_state_dict(state)
         if self.resumes_within_epochs and len(state["ranks"]) == self.args.world_size:
@@ -119,6 +158,9 @@ class Run:
             step: optimizer steps of the present epoch that are complete.
             losses: of this step, by name.
         """
+        if not self.has_stepped:
+            self.has_stepped = True
+            self._check_gradients()
         self._observe(epoch, step, losses)
         previous = self.steps[-2] if len(self.steps) > 1 else None  # its copy is surely complete
         not_finite = previous is not None and not previous.is_finite()
@@ -171,6 +213,18 @@ class Run:
             import wandb
 
             wandb.log({**scalars, "step": step}, step=step)
+
+    def _check_gradients(self) -> None:
+        """Stop the run if something that was unlocked is not trained; otherwise warn."""
+        found = parameters_without_gradient(self.model)
+        names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        if found and (self.args.lock_image or self.args.lock_text):
+            raise SystemExit(
+                f"error: {names}: unlocked, but without a gradient in the first step, so not trained. "
+                "Lock other layers, or train without --grad-checkpointing (GRAD_CHECKPOINTING=0)."
+            )
+        if found and self.args.rank == 0:
+            logging.warning(f"Not trained, as the first step gave no gradient: {names}")
 
     # --- losses -----------------------------------------------------------------------------------
     def _observe(self, epoch: int, step: int, losses: dict[str, Tensor]) -> None:
