@@ -18,6 +18,7 @@ and around it:
 ``params``       command-line options and their rules
 ``run``          checkpoints within epochs, pre-emption, skipped samples, losses that are not finite
 ``checkpoint``   checkpoint files
+``towers``       locked towers, and gradient checkpointing that works with them
 
 Here the package is ``dr``; in the patched OpenCLIP tree it is ``training.dr``. It does not cover
 downloading, joining and making reinforcements: see ``scripts/``.

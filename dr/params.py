@@ -93,9 +93,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--total-steps",
         type=int,
         metavar="N",
-        help="End the run, and the learning rate's schedule, after exactly N optimizer steps: epochs "
-        "have the steps of --train-num-samples, and the last one what is left. Default: as OpenCLIP, "
-        "which rounds an epoch up to whole batches for each data loading worker.",
+        help="End the run, and the schedule of the learning rate, after exactly N optimizer steps: "
+        "epochs have the steps of --train-num-samples, and the last one the rest. Default: as "
+        "OpenCLIP, which rounds an epoch up to whole batches for each data loading worker.",
     )
     group.add_argument(
         "--save-every-n-steps",
@@ -219,12 +219,11 @@ def _copy_rules(args: Namespace) -> Iterator[Rule]:
         f"--copy-codebase copies {tree}, and --logs {args.logs} is inside it: choose another folder "
         "for --logs, or one named logs/",
     )
+    with_aws = bool(args.remote_sync) and args.remote_sync_protocol == "s3"
     yield (
-        bool(args.remote_sync)
-        and args.remote_sync_protocol == "s3"
-        and shutil.which("aws") is None,
-        f"--remote-sync {args.remote_sync}: --remote-sync-protocol s3 needs the AWS command line (aws), "
-        "which is not installed: install it, or use --remote-sync-protocol fsspec",
+        with_aws and shutil.which("aws") is None,
+        f"--remote-sync {args.remote_sync}: --remote-sync-protocol s3 needs the AWS command line "
+        "(aws), which is not installed: install it, or use --remote-sync-protocol fsspec",
     )
     target = (args.remote_sync or "").removeprefix("file://")
     is_local = bool(target) and "://" not in target

@@ -133,7 +133,7 @@ def _reinforced_batches(
 
 # --- the baseline ---------------------------------------------------------------------------------
 def keep_image_and_caption(samples: Iterable[dict]) -> Iterator[dict]:
-    """A stage: drop all other members, which OpenCLIP would decode, and WebDataset even unpickle."""
+    """A stage: drop all other members. OpenCLIP would decode them, and WebDataset unpickles."""
     kept = {*IMAGE_MEMBERS, "txt"}
     for sample in samples:
         sample = {n: data for n, data in sample.items() if n in kept or n.startswith("__")}

@@ -15,50 +15,19 @@ import re
 import signal
 import sys
 from collections import Counter, deque
-from functools import partial
 from typing import Any, NamedTuple
 
-import open_clip
-import timm
 import torch
 import torch.distributed as dist
-import torch.utils.checkpoint
 from torch import Tensor
 
 from .chain import list_counts
-from .checkpoint import PREFIX, save, step_checkpoints
+from .checkpoint import save, step_checkpoints
 from .loader import Loader, gather_objects
+from .towers import parameters_without_gradient
 
 TERMINATED = 128 + signal.SIGTERM  # exit status
 STEPS_KEPT = 3  # whose losses and uids are kept: a loss is examined up to two steps later
-
-
-def set_grad_checkpointing(args: Any, model: Any) -> None:
-    """Enable gradient checkpointing, so that the unlocked part of a locked tower trains, too.
-
-    Reentrant checkpointing, which OpenCLIP uses, yields no gradients where the input of a segment
-    needs none, as behind the locked layers of a tower.
-    """
-    if args.lock_image or args.lock_text:
-        checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-        for module in (open_clip.transformer, timm.models._manipulate):
-            setattr(module, "checkpoint", checkpoint)  # noqa: B010
-        logging.info("A tower is locked, so gradient checkpointing is not reentrant")
-    model.set_grad_checkpointing()
-
-
-def parameters_without_gradient(model: torch.nn.Module) -> list[str]:
-    """Parameters, or whole blocks of a tower, that ask for a gradient and have none.
-
-    ``visual.transformer.resblocks.3`` stands for all parameters of that block.
-    """
-    has_gradient: dict[str, bool] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            block = re.match(r".*?\.\d+(?=\.)", name)
-            group = (block[0] if block else name).removeprefix(PREFIX)
-            has_gradient[group] = has_gradient.get(group, False) or parameter.grad is not None
-    return [group for group, found in has_gradient.items() if not found]
 
 
 class _Step(NamedTuple):
@@ -220,8 +189,8 @@ class Run:
         names = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         if found and (self.args.lock_image or self.args.lock_text):
             raise SystemExit(
-                f"error: {names}: unlocked, but without a gradient in the first step, so not trained. "
-                "Lock other layers, or train without --grad-checkpointing (GRAD_CHECKPOINTING=0)."
+                f"error: {names}: unlocked, but without a gradient in the first step, so not "
+                "trained. Lock other layers, or train without --grad-checkpointing (GRAD_CHECKPOINTING=0)."
             )
         if found and self.args.rank == 0:
             logging.warning(f"Not trained, as the first step gave no gradient: {names}")

@@ -42,8 +42,8 @@ USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for exte
 EMBEDDINGS = ("image_emb", "text_emb")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # only these: some of Pillow's formats start a program
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's images have at most 512 x 512
-# Characters of a caption. 77 tokens of CLIP's vocabulary cover at most 2,464 bytes, so the cut changes
-# no token; OpenCLIP's tokenizer takes minutes for 100,000 letters without a space.
+# Characters of a caption. 77 tokens of CLIP's vocabulary cover at most 2,464 bytes, so the cut
+# changes no token; OpenCLIP's tokenizer takes minutes for 100,000 letters without a space.
 MAX_CAPTION = 8192
 MAX_INFLATED = 2**26  # bytes of one embedding member; a sample of DataCompDR-12M holds 221,184
 

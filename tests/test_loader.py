@@ -24,6 +24,9 @@ from shards import (
 from torchvision import transforms as T
 
 from dr import checkpoint
+from dr.batch import Batch
+from dr.chain import Counts
+from dr.loader import StreamLoader
 from dr.pipeline import make_pass_loader
 from dr.sampling import ShardOrder
 
@@ -47,6 +50,7 @@ def options(tmp_path, **changes):
         "resume": None,
         "save_every_n_steps": 0,
         "seed": 0,
+        "total_steps": None,
         "train_data": "data",
         "train_num_samples": None,
         "workers": 0,
@@ -190,6 +194,22 @@ def test_the_default_is_an_epoch_of_all_samples_in_whole_optimiser_steps(data, t
     assert loader(data, tmp_path, accum_freq=4).num_batches == 16
     assert loader(data, tmp_path, world_size=4, rank=3).num_batches == 4
     assert loader(data, tmp_path, train_num_samples=11).num_samples == 15
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_a_run_takes_exactly_its_total_steps(data, tmp_path, accum_freq):
+    given = {"accum_freq": accum_freq, "train_num_samples": 15, "batch_size": 5, "total_steps": 8}
+    batches = loader(data, tmp_path, **given)
+    per_epoch = -(-15 // (5 * accum_freq))
+    steps = [len(list(batches)) / accum_freq for _ in range(-(-8 // per_epoch))]
+    assert steps == [per_epoch] * (8 // per_epoch) + [8 % per_epoch] * bool(8 % per_epoch)
+    assert sum(steps) == 8
+    # OpenCLIP's own loader may have more batches, as many for each worker.
+    args = options(tmp_path, **given)
+    source = [(Batch(torch.zeros(5), torch.zeros(5), [str(n)]), Counts(5, {})) for n in range(16)]
+    assert StreamLoader(args, source, 16).num_batches == per_epoch * accum_freq
+    assert len(list(StreamLoader(args, source, 16))) == per_epoch * accum_freq
+    assert StreamLoader(options(tmp_path), source, 16).num_batches == 16
 
 
 def test_epochs_go_on_where_the_last_one_stopped(data, tmp_path):

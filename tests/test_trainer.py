@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import sampling_coverage
 import torch
 from conftest import ROOT, environment, run
 from shards import AUGMENTATION, encode, picture, uid, write_reinforced_shards, write_shard
@@ -285,6 +287,52 @@ def test_openclips_own_tests_pass_on_the_patched_commit(tree):
         cwd=tree,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_what_is_unlocked_trains_with_checkpointing_too(tree):
+    """In another process, as the tests import the installed OpenCLIP."""
+    command = [sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "in_tree_towers.py"]
+    done = run(command, env=environment(tree), cwd=ROOT)
+    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout[-3000:]
+
+
+REENTRANT = """
+import sys
+from training import main
+main.set_grad_checkpointing = lambda args, model: model.set_grad_checkpointing()
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("shards", ["npz"], indirect=True)
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_an_unlocked_block_without_a_gradient_stops_the_run_and_is_named(
+    tree, config, shards, tmp_path, tower
+):
+    """With reentrant checkpointing, as the trainer would use without us."""
+    lock = {f"lock_{tower}": True, "grad_checkpointing": True, "lock_text_freeze_layer_norm": True}
+    lock |= {"lock_image_unlocked_groups": 2, "lock_text_unlocked_layers": 1}
+    given = sampling_coverage.options(shards, config, tmp_path, **lock)
+    done = run([sys.executable, "-c", REENTRANT, *given], env=environment(tree))
+    assert done.returncode == 1
+    block = ("visual." if tower == "image" else "") + "transformer.resblocks.0"
+    assert f"error: {block}: unlocked, but without a gradient in the first step" in done.stderr
+
+
+@pytest.mark.parametrize("shards", ["npz"], indirect=True)
+def test_a_run_is_resumed_from_the_remote_copy(tree, config, shards, tmp_path):
+    remote = f"file://{tmp_path / 'remote'}"
+    options = ["--remote-sync", remote, "--remote-sync-protocol", "fsspec", "--resume", "latest"]
+    environ = settings(tree, config, shards, tmp_path / "logs", NUM_PROCESSES=1)
+    done = train(tree, environ, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.rmtree(tmp_path / "logs")  # as on another machine
+    environ |= {"CHECKPOINTS": "3", "ITERATIONS": "12"}
+    done = train(tree, environ, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = log(tmp_path / "logs")
+    assert "epoch_2.pt' (epoch 2)" in text and "Start epoch 2" in text
+    assert "Start epoch 1" not in text and text.count("Train Epoch: 2 ") == 4
 
 
 GROUP = """
