@@ -88,7 +88,8 @@ def contents(tree: Path) -> dict[str, bytes]:
 
 
 def unpatched_blobs(tree: Path) -> dict[str, str]:
-    return {path: git(tree, "rev-parse", f"HEAD:{path}").strip() for path in PINNED_BLOBS}
+    """Of the commit below the patched one."""
+    return {path: git(tree, "rev-parse", f"HEAD^:{path}").strip() for path in PINNED_BLOBS}
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +105,7 @@ def upstream(pypi_project, tmp_path_factory) -> tuple[Path, str]:
     """A repository like OpenCLIP's, and the commit in it to pin: not the newest, with a picture that nobody needs."""
     repo = tmp_path_factory.mktemp("upstream") / "repo"
     git(repo.parent, "clone", "-q", "--no-tags", str(pypi_project.tree), str(repo))
+    git(repo, "reset", "-q", "--hard", "HEAD^")
     for path in ("docs/picture.png", "tests/test_x.py", "README.md"):
         (repo / path).parent.mkdir(exist_ok=True)
         (repo / path).write_text(path)
@@ -139,13 +141,15 @@ def again(project: Project, *args: str, **kwargs) -> str:
 def test_wheels_hold_the_pinned_files_and_the_patch_applies(pypi_project):
     tree = pypi_project.tree
     assert unpatched_blobs(tree) == PINNED_BLOBS
-    changed = git(tree, "status", "--porcelain").splitlines()
-    assert {line[3:] for line in changed if line.startswith("??")} == {
+    assert git(tree, "status", "--porcelain") == ""
+    changed = git(tree, "diff", "--name-status", "HEAD^", "HEAD").splitlines()
+    patched = re.findall(r"^diff --git a/(\S+)", pypi_project.patch.read_text(), re.MULTILINE)
+    assert {line[2:] for line in changed if line.startswith("M\t")} == set(patched)
+    added = {line[2:] for line in changed if line.startswith("A\t")}
+    assert {re.match(r"configs/|src/training/dr/", path)[0] for path in added} == {
         "configs/",
         "src/training/dr/",
     }
-    patched = re.findall(r"^diff --git a/(\S+)", pypi_project.patch.read_text(), re.MULTILINE)
-    assert {line[3:] for line in changed if line.startswith(" M")} == set(patched)
 
 
 @pytest.mark.parametrize("kind", ["path", "address", "bare", "partial"])
@@ -160,7 +164,7 @@ def test_git_brings_only_what_is_needed(project, upstream, kind, tmp_path):
         (repo / ".git/objects" / picture[:2] / picture[2:]).unlink()
     address = f"file://{repo}" if kind == "address" else str(repo)
     project.setup("--source", "git", OPEN_CLIP_REPO=address, OPEN_CLIP_COMMIT=commit)
-    assert git(project.tree, "rev-parse", "HEAD").strip() == commit
+    assert git(project.tree, "rev-parse", "HEAD^").strip() == commit
     assert unpatched_blobs(project.tree) == PINNED_BLOBS
     assert {path.name for path in project.tree.iterdir()} == {
         ".git", ".gitignore", "README.md", "configs", "src", "tests"
@@ -189,15 +193,30 @@ def test_both_sources_and_typing_by_hand_give_the_same_tree(
     assert {path: data for path, data in whole.items() if not path.startswith("docs/")} == contents(
         from_git.tree
     )
-    assert git(by_hand, "status", "--porcelain") == git(from_git.tree, "status", "--porcelain")
     wheels = contents(pypi_project.tree)
     assert {path: whole[path] for path in wheels} == wheels
 
-    # and the script knows it for right
+    # and the script recognises it, then as well as before
+    edited = shutil.copytree(by_hand, tmp_path / "edited")
+    (edited / "src/training/main.py").write_text("# mine\n")
+    assert "src/training/main.py" in again(from_git, "--dest", str(edited), ok=False)
     assert "already right" in again(from_git, "--dest", str(by_hand))
-    shutil.rmtree(by_hand / ".git/dr-setup")
+    assert git(by_hand, "rev-parse", "HEAD") == git(from_git.tree, "rev-parse", "HEAD")
     (by_hand / "src/training/main.py").write_text("# mine\n")
     assert "src/training/main.py" in again(from_git, "--dest", str(by_hand), ok=False)
+
+
+def test_a_commit_of_the_users_is_refused_and_kept(from_git):
+    (from_git.tree / "src/training/main.py").write_text("# my own\n")
+    git(from_git.tree, "commit", "-qam", "my own")
+    before, head = files(from_git.tree), git(from_git.tree, "rev-parse", "HEAD")
+    assert "my own" in again(from_git, ok=False)
+    assert files(from_git.tree) == before and git(from_git.tree, "rev-parse", "HEAD") == head
+
+
+def test_a_tree_of_the_script_before_it_committed_is_refused_with_what_to_do(from_git):
+    (from_git.tree / ".git/dr-setup").mkdir()
+    assert re.search("older version of this script.*--force.*logs", again(from_git, ok=False))
 
 
 def test_auto_falls_back_to_wheels_and_says_why(project):
@@ -273,6 +292,8 @@ def test_an_older_tree_is_brought_up_to_date_and_logs_survive(project, upstream)
         (project.root / name).write_bytes(data)
     (project.root / "configs/older.sh").unlink()
     (project.tree / "src/training/params.py").unlink()  # a file that was lost comes back as well
+    for folder in (project.root, project.tree):  # as an interrupted run has it
+        (folder / "configs/newer.sh").write_text("# new\n")
     output = again(project)
     for path in ("configs/older.sh", "src/training/dr/__init__.py", "src/training/zero_shot.py"):
         assert path in output
