@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Write open_clip.patch from an edited OpenCLIP tree.
 #
-#     bash scripts/make_patch.sh [--check] [TREE]      TREE: default open_clip/ at this repository's root
+#     bash scripts/make_patch.sh [--check] [TREE]
 #
+#   TREE       default: open_clip/ at this repository's root
 #   --check    write nothing; exit 1 if open_clip.patch differs from the tree's changes
 #
 # Compares the tree's tracked files with the pinned commit or, in a tree made from the wheels, with
@@ -36,8 +37,9 @@ unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE
 
 base=$WHEELS_TAG
 git -C "$tree" rev-parse -q --verify "$base" >/dev/null || base=$OPEN_CLIP_COMMIT
-git -C "$tree" rev-parse -q --verify "$base^{commit}" >/dev/null || fail "$tree has no commit $base;" \
-    "check out the pinned commit there, or make a tree with scripts/setup_open_clip.sh"
+git -C "$tree" rev-parse -q --verify "$base^{commit}" >/dev/null ||
+    fail "$tree has no commit $base; check out the pinned commit there, or make a tree with" \
+        "scripts/setup_open_clip.sh"
 
 # Every option that changes the text is spelled out, so that the user's git settings do not. Full
 # ids, as the length of short ones depends on the tree.
@@ -51,19 +53,20 @@ git -C "$tree" -c core.quotePath=true -c diff.suppressBlankEmpty=false diff --no
     "(scripts/setup_open_clip.sh)"
 
 stat=$(git -C "$tree" apply --numstat "$new") # added, removed, path
-say "$(awk '{n += $1 + $2} END {print n " changed lines (added + removed) in " NR " files"}' <<<"$stat")"
+lines=$(awk '{n += $1 + $2} END {print n}' <<<"$stat")
+say "$lines changed lines (added + removed) in $(wc -l <<<"$stat") files"
 elsewhere=$(awk '$3 !~ "^src/training/" {print $3}' <<<"$stat" | paste -sd ' ' -)
 [ -z "$elsewhere" ] || say "note: changed outside src/training/: $elsewhere"
-untracked=$(git -C "$tree" ls-files --others --exclude-standard -- src ':!src/training/dr' | paste -sd ' ' -)
-[ -z "$untracked" ] || say "note: the patch does not include files that git does not track: $untracked" \
-    "(git add -N includes them)"
+untracked=$(git -C "$tree" ls-files --others --exclude-standard -- src ':!src/training/dr')
+[ -z "$untracked" ] || say "note: the patch does not include the files that git does not track" \
+    "(git add -N includes them): $(paste -sd ' ' - <<<"$untracked")"
 
 if cmp -s "$new" "$PATCH"; then
     say "open_clip.patch is what the tree has"
 elif [ -n "$check" ]; then
     diff -u "$PATCH" "$new" >&2 || true
-    fail "open_clip.patch is not what $tree has (see above: - the patch, + the tree); if the tree is" \
-        "right, run scripts/make_patch.sh, else scripts/setup_open_clip.sh"
+    fail "open_clip.patch is not what $tree has (see above: - the patch, + the tree); if the tree" \
+        "is right, run scripts/make_patch.sh, else scripts/setup_open_clip.sh"
 else
     chmod 644 "$new"
     mv "$new" "$PATCH"

@@ -53,9 +53,9 @@ while [ $# -gt 0 ]; do
         *) fail "found '$1', expected --source, --dest, --force or --help" ;;
     esac
 done
-case $SOURCE in auto | git | pypi) ;; *) fail "found --source $SOURCE, expected auto, git or pypi" ;; esac
+[[ $SOURCE =~ ^(auto|git|pypi)$ ]] || fail "found --source $SOURCE, expected auto, git or pypi"
 
-# A new tree is built in $work and moved into place when complete; an interrupted run leaves nothing.
+# A new tree is built in $work and moved into place when it is complete.
 DEST=$(realpath -m "$DEST")
 [ ! -d "$OPEN_CLIP_REPO" ] || OPEN_CLIP_REPO=$(realpath "$OPEN_CLIP_REPO")
 mkdir -p "$(dirname "$DEST")"
@@ -69,15 +69,16 @@ unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE
 from_git() {
     git remote add origin "$OPEN_CLIP_REPO"
     # A local repository may refuse to serve a single commit without its blobs.
-    [[ $OPEN_CLIP_REPO != /* && $OPEN_CLIP_REPO != file://* ]] || git config remote.origin.uploadpack \
-        "git -c uploadpack.allowFilter=true -c uploadpack.allowAnySHA1InWant=true upload-pack"
+    [[ $OPEN_CLIP_REPO != /* && $OPEN_CLIP_REPO != file://* ]] ||
+        git config remote.origin.uploadpack "git -c uploadpack.allowFilter=true \
+            -c uploadpack.allowAnySHA1InWant=true upload-pack"
     git sparse-checkout init --cone
     git sparse-checkout set src tests configs
     {
         git fetch -q --no-tags --depth 1 --filter=blob:none origin "$OPEN_CLIP_COMMIT" &&
             git checkout -q --detach "$OPEN_CLIP_COMMIT"
-    } || fail "could not get commit $OPEN_CLIP_COMMIT from $OPEN_CLIP_REPO (git's message is above);" \
-        "set OPEN_CLIP_REPO to another clone of OpenCLIP, or use --source pypi"
+    } || fail "could not get commit $OPEN_CLIP_COMMIT from $OPEN_CLIP_REPO (git's message is" \
+        "above); set OPEN_CLIP_REPO to another clone of OpenCLIP, or use --source pypi"
 }
 
 from_wheels() {
@@ -121,8 +122,8 @@ patched_tree() ( # print the id of $base's files with open_clip.patch, configs/ 
 
 unlike_wanted() { # paths on stdin -> those whose files differ from the tree $wanted
     sort -u | while IFS= read -r path; do
-        [ "$(git rev-parse -q --verify "$wanted:$path")" = "$(git hash-object "$path" 2>/dev/null)" ] ||
-            echo "$path"
+        blob=$(git rev-parse -q --verify "$wanted:$path") || true # or no such file
+        [ "$(git hash-object "$path" 2>/dev/null)" = "$blob" ] || echo "$path"
     done
 }
 
@@ -130,17 +131,17 @@ update() { # bring the tree in the current folder up to date and set $changed, o
     local blob path found edited
     base=$WHEELS_TAG SOURCE=pypi
     git rev-parse -q --verify "$base" >/dev/null || base=$OPEN_CLIP_COMMIT SOURCE=git
-    base=$(git rev-parse -q --verify "$base^{commit}") || fail "$DEST is a git repository that does" \
-        "not have commit $OPEN_CLIP_COMMIT; choose another --dest, $or_force"
+    base=$(git rev-parse -q --verify "$base^{commit}") || fail "$DEST is a git repository that" \
+        "does not have commit $OPEN_CLIP_COMMIT; choose another --dest, $or_force"
     while read -r blob path; do
         found=$(git rev-parse -q --verify "$base:$path") || found="no such file"
-        [ "$found" = "$blob" ] || fail "$path is not the pinned commit's: found $found, expected" \
-            "$blob; check OPEN_CLIP_REPO and OPEN_CLIP_COMMIT, or use another --source"
+        [ "$found" = "$blob" ] || fail "$path is not the pinned commit's: found $found," \
+            "expected $blob; check OPEN_CLIP_REPO and OPEN_CLIP_COMMIT, or use another --source"
     done <<<"$PINNED_BLOBS"
-    [ ! -d .git/dr-setup ] || fail "$DEST was made by an older version of this script, which committed" \
-        "nothing, so edits cannot be told apart; use --force, then move logs/ from the old tree"
+    [ ! -d .git/dr-setup ] || fail "$DEST was made by an older version of this script, which did" \
+        "not commit; use --force, then move logs/ from the old tree to the new one"
     [ "$(git rev-parse HEAD)" = "$base" ] || [ "$(git log -1 --format='%P %ce')" = "$base $ME" ] ||
-        fail "$DEST is at a commit that this script did not make ($(git log -1 --format='%h %s'));" \
+        fail "$DEST is at a commit that this script did not make, '$(git log -1 --format=%s)';" \
             "check out $base there, choose another --dest, $or_force"
 
     wanted=$(patched_tree)
@@ -149,8 +150,8 @@ update() { # bring the tree in the current folder up to date and set $changed, o
         git -c core.quotePath=false ls-files --others --exclude-standard -- src configs
     } | unlike_wanted)
     [ -z "$edited" ] || fail "$DEST has edits of yours, nothing was touched; keep them with" \
-        "scripts/make_patch.sh (files of OpenCLIP) or by copying them to configs/ and dr/, then run" \
-        "this again, $or_force:"$'\n'"$(sed -e 's/^/    /' -e '20{s/.*/    .../;q' -e '}' <<<"$edited")"
+        "scripts/make_patch.sh (files of OpenCLIP) or by copying them to configs/ and dr/, then" \
+        "run this again, $or_force:"$'\n'"$(sed 's/^/    /; 20{s/.*/    .../;q}' <<<"$edited")"
     changed=$({
         git -c core.quotePath=false diff-tree -r --name-only --no-renames HEAD "$wanted"
         git -c core.quotePath=false ls-files --deleted
@@ -159,8 +160,8 @@ update() { # bring the tree in the current folder up to date and set $changed, o
 }
 
 if [ -z "$force" ] && [ -n "$(ls -A "$DEST" 2>/dev/null)" ]; then
-    [ -d "$DEST/.git" ] || fail "$DEST exists and is not a clone of OpenCLIP (it has no .git folder);" \
-        "choose another --dest, $or_force"
+    [ -d "$DEST/.git" ] || fail "$DEST exists and is not a clone of OpenCLIP (no .git folder in" \
+        "it); choose another --dest, $or_force"
     cd "$DEST"
     update
     [ -n "$changed" ] || { say "$DEST (from $SOURCE) is already right, left alone"; exit; }
