@@ -1,4 +1,4 @@
-"""The benchmarks print their tables, small: what they measure is not judged here."""
+"""The benchmarks print their tables, small: the figures are not judged here."""
 
 import re
 import subprocess
@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "data" / "tiny_vit.json"
 
 
-def table(*arguments):
-    command = [sys.executable, ROOT / "scripts" / "benchmark.py", *arguments, "--runs", "1"]
+def table(name, *arguments):
+    command = [sys.executable, ROOT / "scripts" / "benchmarks" / f"{name}.py", *arguments]
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300
+        [*map(str, command), "--runs", "1"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"torch \d.*\nseed 0; median of 1", done.stdout)
