@@ -45,7 +45,7 @@ def parameters(augmentations):
 
 
 def sample(seed, url, joined=False, bf16=False, augmentations=30, captions=5, **changed):
-    """A sample as DataCompDR stores it (joined: with image and caption); image at url/<seed>.jpg."""
+    """A sample as DataCompDR stores it (joined: with image and caption), image at url/<seed>.jpg"""
     generator, jpeg = torch.Generator().manual_seed(seed), encode(picture(seed, 120, 160))
     emb = unit_rows(augmentations, generator), unit_rows(1 + captions, generator)
     members = {
