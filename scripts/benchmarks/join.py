@@ -44,6 +44,8 @@ IMAGE, EMBEDDINGS = 60_000, 221_700  # bytes; 36 x 1536 float32 and npz's header
 # Bytes of the other members of a sample of the 12M set, without txt.
 SMALL = {"url.txt": 80, "syn.json": 300, "paug.json": 4_000, "json": 120}
 
+GZIP_LEVELS = (0, 1, 9)  # join_shards.py uses 1
+
 Pair = tuple[Path, Path]  # a shard of images, and the shard of reinforcements
 
 
@@ -125,11 +127,8 @@ def print_embeddings(seed: int) -> None:
     import numpy as np
     import torch
 
-    sys.path.append(str(SCRIPTS))
-    from join_shards import GZIP_LEVEL
-
     rng = np.random.default_rng(seed)
-    npz_sizes, packed_sizes, errors = [], {0: [], GZIP_LEVEL: [], 9: []}, []
+    npz_sizes, packed_sizes, errors = [], {level: [] for level in GZIP_LEVELS}, []
     for _ in range(100):
         # two teachers, each of unit length by itself
         blocks = rng.standard_normal((36, 2, 768), dtype=np.float32)
