@@ -4,8 +4,8 @@
 #     bash scripts/test.sh [PYTEST ARGUMENT …]
 #
 # Takes the active virtual environment, or makes .venv (see environment.sh). If OPEN_CLIP_REPO is
-# set to a clone of OpenCLIP, the trainer's tests run on the real pinned commit, OpenCLIP's own tests
-# among them; else on the tree that setup_open_clip.sh makes from the wheels.
+# set to a clone of OpenCLIP, the trainer's tests run on the real pinned commit, with OpenCLIP's own
+# tests; else on the tree that setup_open_clip.sh makes from the wheels.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

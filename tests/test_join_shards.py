@@ -435,7 +435,10 @@ def test_tasks_share_out_the_shards_and_one_folder(folders, tmp_path, monkeypatc
 def test_every_shard_belongs_to_one_task():
     for shards in range(9):
         for count in range(1, 12):
-            parts = [join_shards.select_share(list(range(shards)), index, count) for index in range(count)]
+            parts = [
+                join_shards.select_share(list(range(shards)), index, count)
+                for index in range(count)
+            ]
             assert [shard for part in parts for shard in part] == list(range(shards))
 
 
@@ -572,10 +575,7 @@ def test_headers_are_written_and_read_as_tarfile_does(name, size):
     assert made == info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
     assert parse_plain_header(made) == (name, size)
     for at in (3, 130, 150, 400):  # any bit that flips shows in the checksum
-        assert (
-            parse_plain_header(made[:at] + bytes([made[at] ^ 1]) + made[at + 1 :])
-            is None
-        )
+        assert parse_plain_header(made[:at] + bytes([made[at] ^ 1]) + made[at + 1 :]) is None
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs tar")

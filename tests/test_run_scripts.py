@@ -1,4 +1,4 @@
-"""The run scripts start the published recipes as they stand, and say what is missing before torchrun starts."""
+"""The run scripts start the published recipes, and report what is missing before torchrun starts."""
 
 import os
 import re
@@ -11,10 +11,12 @@ from shards import write_shard
 
 RECIPES = ["run_datacomp12m.sh", "run_datacompdr12m.sh", "run_datacompdr1B.sh"]
 COMMON = (
-    "--save-frequency 1 --ddp-static-graph --local-loss --gather-with-grad --grad-checkpointing --warmup 1000 "
-    "--dataset-type webdataset --precision amp --workers 4 --model ViT-B-16 --lr 1.e-3 --seed 0 --accum-freq 1 "
+    "--save-frequency 1 --ddp-static-graph --local-loss --gather-with-grad --grad-checkpointing "
+    "--warmup 1000 --dataset-type webdataset --precision amp --workers 4 --model ViT-B-16 "
+    "--lr 1.e-3 --seed 0 --accum-freq 1 "
     "--log-every-n-steps 20 --beta2 0.95 --wd 0.2 --dataset-resampled --grad-clip-norm 1.0 "
-    "--imagenet-val ./imagenet_validation --zeroshot-frequency 1 --report-to wandb --wandb-project-name mobileclip"
+    "--imagenet-val ./imagenet_validation --zeroshot-frequency 1 --report-to wandb "
+    "--wandb-project-name mobileclip"
 )
 DISTILLED = (
     "--dataset-reinforcement --distill-logit-scale 100 --distill-teacher-dimension 768 768 "
@@ -23,13 +25,15 @@ DISTILLED = (
 PUBLISHED = {
     "run_datacomp12m.sh": (1, 8192 * 30_000 // 20, 20, 1024, "--save-most-recent"),
     "run_datacompdr12m.sh": (
-        4, 8192 * 30_000 // 20, 20, 256, f"--save-most-recent {DISTILLED} --distill-loss-weights 0.0 1.0"
+        4, 8192 * 30_000 // 20, 20, 256,
+        f"--save-most-recent {DISTILLED} --distill-loss-weights 0.0 1.0",
     ),
     "run_datacompdr1B.sh": (
-        16, 65536 * 200_000 // 100, 100, 512, f"--resume latest {DISTILLED} --distill-loss-weights 0.25 0.75"
+        16, 65536 * 200_000 // 100, 100, 512,
+        f"--resume latest {DISTILLED} --distill-loss-weights 0.25 0.75",
     ),
 }  # fmt: skip
-# A machine of 8 GPUs: answers what the scripts ask of Python, and prints the command line in torchrun's place.
+# A machine of 8 GPUs: answers what the scripts ask of Python, and prints torchrun's command line.
 SHIM = """#!/usr/bin/env bash
 case "$*" in
     *torch.distributed.run*) printf '%q ' "$@"; echo ;;
@@ -41,7 +45,7 @@ esac
 
 
 def arguments(line):
-    """{option: its values} of a printed command line; the trainer's options only with ``trainer``."""
+    """{option: its values} of a printed command line."""
     found, words = {}, shlex.split(line)
     for position, word in enumerate(words):
         if word.startswith("--") and len(word) > 2:

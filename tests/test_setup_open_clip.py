@@ -1,7 +1,8 @@
-"""scripts/setup_open_clip.sh and scripts/make_patch.sh, run for real in a copy of what they need of this repository.
+"""scripts/setup_open_clip.sh and scripts/make_patch.sh, run in a copy of the files they need.
 
-The unpatched files come from the package index (two wheels); the git tests use a local repository made of them, so that
-no test needs GitHub. The pinned commit itself is tried only where OPEN_CLIP_REPO names a repository that has it.
+The unpatched files come from the package index (two wheels); the git tests use a local repository
+made of them, so no test needs GitHub. The pinned commit itself is tried only if OPEN_CLIP_REPO names
+a repository that has it.
 """
 
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PINNED_BLOBS = {  # of the pinned commit; written here again, so that a slip in the script's own table shows
+# Of the pinned commit; written here again, to find a slip in the script's own table.
+PINNED_BLOBS = {
     "src/open_clip/factory.py": "86b44862f46ef483665d555da33c3a5c1c499416",
     "src/open_clip/loss.py": "5beaab1c32ae2a826261c337b47548adf77b53de",
     "src/training/data.py": "07b9fee961d211eeb0c60c0fbd595a3a0ba12518",
@@ -102,7 +104,7 @@ def pypi_project(tmp_path_factory) -> Project:
 
 @pytest.fixture(scope="session")
 def upstream(pypi_project, tmp_path_factory) -> tuple[Path, str]:
-    """A repository like OpenCLIP's, and the commit in it to pin: not the newest, with a picture that nobody needs."""
+    """A repository like OpenCLIP's, and the commit to pin: not the newest, and with a picture."""
     repo = tmp_path_factory.mktemp("upstream") / "repo"
     git(repo.parent, "clone", "-q", "--no-tags", str(pypi_project.tree), str(repo))
     git(repo, "reset", "-q", "--hard", "HEAD^")
@@ -309,8 +311,13 @@ def test_an_older_tree_is_brought_up_to_date_and_logs_survive(project, upstream)
     assert "already right" in again(project)
 
 
-@pytest.mark.parametrize("path", ["src/training/train.py", "src/open_clip/model.py", "README.md", "configs/mine.sh",
-                                  "src/training/dr/mine.py"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("src/training/train.py", "src/open_clip/model.py", "README.md"),
+        *("configs/mine.sh", "src/training/dr/mine.py"),
+    ],
+)
 def test_own_edits_are_refused_until_forced(from_git, upstream, path):
     edited = from_git.tree / path
     edited.write_text("# my own\n")
@@ -345,7 +352,7 @@ def test_a_folder_that_is_not_ours_is_refused(project):
 
 
 def test_the_patch_is_what_make_patch_writes(from_git, pypi_project):
-    """From either kind of tree, and whatever the user's git settings; so a tree and the patch can't drift apart."""
+    """From either kind of tree, and with any git settings, so tree and patch cannot drift apart."""
     assert "is what the tree has" in pypi_project.make_patch("--check")
     assert "is what the tree has" in from_git.make_patch(
         "--check", OPEN_CLIP_COMMIT=from_git.commit
@@ -380,9 +387,7 @@ def test_make_patch_check_fails_after_an_edit_and_writes_nothing(from_git):
 def test_the_pinned_commit_itself(project):
     repo = os.environ.get("OPEN_CLIP_REPO")
     if not repo:
-        pytest.skip(
-            "OPEN_CLIP_REPO is not set: give it a repository (path or address) that has OpenCLIP's pinned commit"
-        )
+        pytest.skip("OPEN_CLIP_REPO is not set to a repository that has OpenCLIP's pinned commit")
     assert "from git" in project.setup("--source", "git", OPEN_CLIP_REPO=repo)
     assert unpatched_blobs(project.tree) == PINNED_BLOBS
     assert not (project.tree / "docs").exists()
