@@ -1,4 +1,4 @@
-"""The run scripts start the published recipes, and report what is missing before torchrun starts."""
+"""The run scripts start the published recipes, and report what is missing before that."""
 
 import os
 import re

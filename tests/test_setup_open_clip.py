@@ -1,8 +1,8 @@
 """scripts/setup_open_clip.sh and scripts/make_patch.sh, run in a copy of the files they need.
 
 The unpatched files come from the package index (two wheels); the git tests use a local repository
-made of them, so no test needs GitHub. The pinned commit itself is tried only if OPEN_CLIP_REPO names
-a repository that has it.
+made of them, so no test needs GitHub. The pinned commit itself is tried only if OPEN_CLIP_REPO
+names a repository that has it.
 """
 
 import os
@@ -198,7 +198,10 @@ def test_both_sources_and_typing_by_hand_give_the_same_tree(
     wheels = contents(pypi_project.tree)
     assert {path: whole[path] for path in wheels} == wheels
 
-    # and the script recognises it, then as well as before
+    # and the scripts recognise it
+    assert "is what the tree has" in from_git.make_patch(
+        "--check", str(by_hand), OPEN_CLIP_COMMIT=commit
+    )
     edited = shutil.copytree(by_hand, tmp_path / "edited")
     (edited / "src/training/main.py").write_text("# mine\n")
     assert "src/training/main.py" in again(from_git, "--dest", str(edited), ok=False)
