@@ -1,16 +1,24 @@
 """Dataset reinforcement for CLIP: what runs inside training.
 
-``transforms``      augmentations whose parameters can be stored and applied again, exactly
-``reinforcement``   one sample of DataCompDR: decode, choose, and keep the rows that belong together
-``data``            the WebDataset stages that turn shards into reinforced batches
-``sampling``        which sample comes when, without replacement: pure functions
-``shard_reader``    any sample of any shard, by its place
-``loader``          what the trainer iterates over: counts what is skipped, and samples without replacement
-``loss``            the distillation loss
-``step``            what the training step does with a reinforced batch
-``params``          command-line options and their checks
-``checkpoint``      checkpoints within epochs, written whole or not at all, and resumed without unpickling
+A sample takes this way to the training step:
 
-Here the package is ``dr``; in the patched OpenCLIP tree it is ``training.dr``. Downloading, joining and making
-reinforcements are not its business: see ``scripts/``.
+``tar``          members of tars, grouped into samples
+``sources``      samples of shards in the order of the trainer, or in passes
+``sampling``     which sample comes when, without replacement: pure functions
+``sample``       one sample: decode it, choose from it, augment it
+``transforms``   augmentations whose parameters are stored and applied again, exactly
+``chain``        from samples to batches, in a loader's worker
+``loader``       the loaders that the trainer iterates over
+``batch``        a batch, and its split between the model and the loss
+``loss``         the distillation loss
+
+and around it:
+
+``pipeline``     what the patch calls in OpenCLIP's data loading
+``params``       command-line options and their rules
+``run``          checkpoints within epochs, pre-emption, skipped samples, losses that are not finite
+``checkpoint``   checkpoint files
+
+Here the package is ``dr``; in the patched OpenCLIP tree it is ``training.dr``. It does not cover
+downloading, joining and making reinforcements: see ``scripts/``.
 """

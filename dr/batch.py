@@ -1,11 +1,13 @@
-"""What the training step does with a reinforced batch.
+"""A batch, and how the training step splits it between the model and the loss.
 
-OpenCLIP's step stays as it is: it encodes ``images`` and ``texts`` and hands what the model returned to the loss. Here
-the texts of a reinforced batch become one batch of 2B, originals first, and what the model made of them is split again
-and joined with the teachers' features. On a plain batch each function returns what it was given.
+OpenCLIP's step encodes ``images`` and ``texts`` and hands the model's output to the loss. The texts
+of a reinforced batch become one batch of 2B, originals first; the model's text features are split
+again and joined with the teachers' features. A batch without reinforcement passes through
+unchanged.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,38 +15,56 @@ from torch import Tensor
 from .transforms import to_normalized
 
 
+class Batch(NamedTuple):
+    """B samples; C is the number of captions for each image, 1 or 2.
+
+    Attributes:
+        images: uint8 ``[B, H, W, 3]``, or float32 ``[B, 3, H, W]``.
+        texts: int64 ``[B, C, L]``.
+        uids: keys of the samples.
+        image_emb: teachers' image embeddings, float32 ``[B, ΣD_k]``; None: not reinforced.
+        text_emb: teachers' text embeddings, float32 ``[B, C, ΣD_k]``.
+        statistics: mean and standard deviation ``[2, 3]`` to normalise ``images`` with.
+    """
+
+    images: Tensor
+    texts: Tensor
+    uids: list[str]
+    image_emb: Tensor | None = None
+    text_emb: Tensor | None = None
+    statistics: Tensor | None = None
+
+
 def unpack_batch(
-    batch: Sequence[Tensor], device: torch.device
+    batch: Batch | Sequence[Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Split a batch into what the model encodes and what only the loss sees.
+    """Split a batch into the model's inputs and what only the loss uses.
 
     Args:
-        batch: ``(images [B, 3, H, W], texts [B, L])``, or the reinforced batch of ``data.training_stages`` with
-            C = 1 or 2 captions for each image.
-        device: where a reinforced batch's images and teacher features are moved.
+        batch: a :class:`Batch`, or ``(images, texts [B, L])`` of OpenCLIP's other loaders.
+        device: where images to normalise and teacher features are moved.
 
     Returns:
-        images, texts (reinforced: ``[C·B, L]``, all first captions, then all second ones), and the teacher features by
-        argument of ``DRClipLoss.forward``, each ``[B, ΣD_k]``; empty for a plain batch.
+        images, texts (``[C·B, L]``: all first captions, then all second ones), and the teacher
+        features by argument of ``DRClipLoss.forward``, each ``[B, ΣD_k]``; empty without
+        reinforcement.
     """
-    if len(batch) == 2:
+    if not isinstance(batch, Batch):
         images, texts = batch
         return images, texts, {}
-    images, texts, image_emb, text_emb, statistics = batch
-    images = to_normalized(images.to(device=device, non_blocking=True), statistics)
+    images, texts = batch.images, batch.texts.transpose(0, 1).flatten(0, 1)
+    if batch.image_emb is None or batch.text_emb is None or batch.statistics is None:
+        return images, texts, {}
+    images = to_normalized(images.to(device=device, non_blocking=True), batch.statistics)
+    teacher = {"dist_image_features": batch.image_emb}
     names = ("dist_text_features", "dist_syn_text_features")
-    teacher = {
-        "dist_image_features": image_emb,
-        **dict(zip(names, text_emb.unbind(1), strict=False)),
-    }
-    teacher = {
-        name: features.to(device=device, non_blocking=True) for name, features in teacher.items()
-    }
-    return images, texts.transpose(0, 1).flatten(0, 1), teacher
+    teacher |= dict(zip(names, batch.text_emb.unbind(1), strict=False))
+    teacher = {name: rows.to(device=device, non_blocking=True) for name, rows in teacher.items()}
+    return images, texts, teacher
 
 
 def add_teacher(model_out: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss's arguments from the model's output and the teacher features of the same batch."""
+    """The loss's arguments: the model's output and the teacher features of the same batch."""
     if "dist_syn_text_features" in teacher:
         text, synthetic = model_out["text_features"].chunk(2)
         model_out = {**model_out, "text_features": text, "syn_text_features": synthetic}
@@ -54,11 +74,10 @@ def add_teacher(model_out: dict[str, Tensor], teacher: dict[str, Tensor]) -> dic
 def share_of_gradient(logit_scale: Tensor, teacher: dict[str, Tensor], parts: int) -> Tensor:
     """The same logit scale with 1/parts of its gradient, for reinforced training.
 
-    With gradient accumulation OpenCLIP goes back through the loss of the whole accumulated batch once for each of its
-    parts. Features get their gradient from their own part only; the logit scale would get all of it each time.
+    With gradient accumulation OpenCLIP differentiates the loss of the whole accumulated batch once
+    for each of its parts. Features get gradients from their own part only, but the logit scale
+    would get its whole gradient each time.
     """
-    return (
-        logit_scale.detach() + (logit_scale - logit_scale.detach()) / parts
-        if teacher
-        else logit_scale
-    )
+    if not teacher:
+        return logit_scale
+    return logit_scale.detach() + (logit_scale - logit_scale.detach()) / parts

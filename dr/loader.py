@@ -1,394 +1,350 @@
-"""What OpenCLIP's trainer iterates over: batches, with count kept of the samples that were skipped on the way.
+"""The loaders that the trainer iterates over, with and without replacement.
 
-``CountingLoader`` goes around the loader of the default pipeline. ``PassLoader`` is the loader of
-``--dataset-without-replacement``: its workers take the positions that ``sampling`` gives their streams, read them by
-random access, and send with each batch the cursor that the stream has after it. The trainer's process keeps the cursors
-of the batches that it has taken: with them an epoch starts and a run resumes, at the very next batch.
+They run in the trainer's process. Their workers make batches with ``chain.batches`` and send each
+batch with the counts of the samples that were read and skipped for it.
 """
 
 import logging
 import math
 import os
-import random
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache, partial
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache, partial
 from itertools import islice
+from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from . import checkpoint
-from .data import (
-    SHARDS_WITHOUT_A_USABLE_SAMPLE,
-    SHUFFLE_BUFFER,
-    UsableSamples,
-    augment,
-    batch_reinforced,
-    draw_from,
-    outlive_sigterm,
-    reinforcement_settings,
-    tokenised_batches,
-)
-from .sample import PLAIN_MEMBERS, REINFORCED_MEMBERS, BadSample, caption, decode_image, missing
-from .sampling import Cursor, Order, former_layouts, positions
-from .shard_reader import ShardReader, count_samples, sizes_beside
-
-FEW_SKIPPED = 20  # fewer than these are never too many
+from .batch import Batch
+from .chain import Counts, Recipe, SkipLimit, Tally, Tokenizer, batches
+from .sampling import Cursor, layouts_to_keep
+from .sources import ShardReader, StreamState, count_samples, passes
+from .tar import read_sizes
 
 
-class CountingLoader:
-    """Batches of an epoch, and what was skipped in it.
+# --- processes ------------------------------------------------------------------------------------
+def gather_objects(found: Any, group: dist.ProcessGroup | None = None) -> list:
+    """What each rank has found, on all ranks; all ranks have to call."""
+    if not dist.is_initialized():
+        return [found]
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found, group)
+    return everywhere
+
+
+def ignore_sigterm(worker: int = 0) -> None:
+    """In a loader's worker: obey SIGTERM only if the trainer sends it.
+
+    A job that is pre-empted gets SIGTERM in all its processes, and the trainer needs batches for
+    the step that it takes before it saves. It ends its workers by the same signal, so the sender
+    counts.
+    """
+    if get_worker_info():
+        _obey_parent_only(os.getpid())
+
+
+@lru_cache(1)  # once in a process
+def _obey_parent_only(process: int) -> None:
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # threads inherit it
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# --- loaders --------------------------------------------------------------------------------------
+class Loader:
+    """Batches of an epoch, with counts of the samples that were read and skipped for them.
+
+    Args:
+        args: the trainer's options.
 
     Attributes:
-        num_batches, num_samples: in an epoch, as OpenCLIP's trainer reads them.
-        first: how many batches of the present epoch were taken before the run was resumed.
-        read: samples that this rank has read in the present epoch; with a shuffle buffer, more than it has used.
-        skipped: those of them that it has skipped, by reason.
-        cursors: of this rank's streams, if it has any.
+        first: batches of the present epoch that were taken before the run was resumed.
+        position: batches of the present epoch that were taken so far.
+        read, skipped: samples that this rank has read and skipped in the present epoch.
+        recent_uids: uids of the batches of the last optimizer step.
     """
 
-    cursors: Sequence[Cursor] = ()
+    def __init__(self, args: Any):
+        self.args = args
+        self.first = self.position = self.read = 0
+        self.skipped = Counter[str]()
+        self.recent_uids = deque[list[str]](maxlen=args.accum_freq)
 
-    def __init__(self, batches: Iterable, num_batches: int, num_samples: int, args):
-        self.batches, self.num_batches, self.num_samples = batches, num_batches, num_samples
-        self.local_samples = num_batches * args.batch_size  # of this rank, in an epoch
-        self.max_skipped_fraction = args.max_skipped_fraction
-        self.read, self.skipped = 0, Counter()
-        resumed = checkpoint.resumed(args)
-        self.first = resumed.get("step", 0) * args.accum_freq
-        if resumed and self.first and resumed["steps_in_epoch"] != num_batches // args.accum_freq:
-            raise SystemExit(
-                f"error: {args.resume} is {resumed['step']} steps into an epoch of {resumed['steps_in_epoch']}, but an "
-                f"epoch has {num_batches // args.accum_freq} now: keep --train-num-samples and the global batch"
-            )
-        if resumed:
-            same = len(resumed["ranks"]) == args.world_size
-            ranks = (
-                resumed["ranks"][args.rank : args.rank + 1]
-                if same
-                else resumed["ranks"]
-                if args.rank == 0
-                else []
-            )
-            for rank in ranks:
-                self.read += rank["read"]
-                self.skipped.update(rank["skipped"])
+    @property
+    def num_batches(self) -> int:
+        """Batches of each rank in an epoch."""
+        raise NotImplementedError
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all ranks in an epoch."""
+        return self.num_batches * self.args.batch_size * self.args.world_size
+
+    def _rest_of_epoch(self, batches: int) -> Iterable[tuple[Batch, Counts]]:
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator:
-        for batch, (read, skipped) in self._epoch(self.num_batches - self.first):
-            self.read += read
-            self.skipped.update(skipped)
-            self._check_skipped()
+    def __iter__(self) -> Iterator[Batch]:
+        limit = SkipLimit(self.num_batches * self.args.batch_size, self.args.max_skipped_fraction)
+        self.position = self.first
+        for batch, counts in self._rest_of_epoch(self.num_batches - self.first):
+            self.read += counts.read
+            self.skipped.update(counts.skipped)
+            limit.check(self.read, self.skipped)
+            self.position += 1
+            self.recent_uids.append(batch.uids)
             yield batch
-        self.first = 0
+        self.first = self.position = 0
 
-    def _epoch(self, batches: int) -> Iterable[tuple]:
-        """What is left of an epoch: batches, each with how many samples were read and skipped for it."""
-        return islice(self.batches, batches)
-
-    def sampling(self, cursors: list[Cursor]) -> dict:
-        """What a checkpoint holds of the sampling, given the cursors of all ranks' streams."""
-        return {}
-
-    def _check_skipped(self) -> None:
-        """Stop as soon as it is certain that too much of the epoch will have been skipped."""
-        skipped = self.skipped.total()
-        fraction = skipped / max(self.read, skipped + self.local_samples)
-        if fraction > self.max_skipped_fraction and skipped >= FEW_SKIPPED:
-            raise RuntimeError(
-                f"{skipped} samples were skipped in an epoch of {self.local_samples} on this rank ({fraction:.1%}, "
-                f"more than --max-skipped-fraction {self.max_skipped_fraction}): {listed(self.skipped)}. "
-                "Warnings above name samples and shards: mend the data, or allow more."
-            )
-
-    def report_skipped(self, args, epoch: int, writer=None) -> None:
-        """At the end of an epoch: say what was skipped on all ranks, log it as ``data/skipped_…``, and start anew."""
-        ranks = checkpoint.gathered(args, (self.read, dict(self.skipped)))
+    def reset_counts(self) -> Counts:
+        """Return this rank's counts of the epoch, and start counting anew."""
+        counts = Counts(self.read, dict(self.skipped))
         self.read, self.skipped = 0, Counter()
-        if args.rank != 0:
-            return
-        read, counts = (
-            sum(read for read, _ in ranks),
-            sum((Counter(skipped) for _, skipped in ranks), Counter()),
-        )
-        fraction = counts.total() / max(read, 1)
-        logging.info(
-            f"Skipped in epoch {epoch}: {counts.total()} of {read} samples ({fraction:.2%})"
-            f"{': ' * bool(counts)}{listed(counts)}"
-        )
-        step = self.num_batches // args.accum_freq * (epoch + 1) - 1
-        scalars = {"data/skipped_fraction": fraction}
-        for reason, count in counts.items():
-            scalars["data/skipped_" + re.sub(r"\W+", "_", reason).strip("_")] = count
-        if writer is not None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-        if args.wandb:
-            import wandb
+        return counts
 
-            wandb.log({**scalars, "step": step}, step=step)
+    def state_dict(self, group: dist.ProcessGroup | None = None) -> dict:
+        """What a checkpoint holds of the loaders of all ranks, which all have to call."""
+        accum_freq = self.args.accum_freq
+        return {
+            "step": self.position // accum_freq,
+            "steps_in_epoch": self.num_batches // accum_freq,
+            "ranks": gather_objects({"read": self.read, "skipped": dict(self.skipped)}, group),
+            "sampling": {},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where the loaders were that wrote ``state``, on any number of ranks."""
+        args, steps = self.args, self.num_batches // self.args.accum_freq
+        if state["step"] and state["steps_in_epoch"] != steps:
+            raise SystemExit(
+                f"error: {args.resume} is {state['step']} steps into an epoch of "
+                f"{state['steps_in_epoch']}, but an epoch has {steps} now: keep "
+                "--train-num-samples and the global batch"
+            )
+        self.first = self.position = state["step"] * args.accum_freq
+        ranks = state["ranks"]
+        if len(ranks) == args.world_size:
+            own = ranks[args.rank : args.rank + 1]
+        else:
+            own = ranks if args.rank == 0 else []
+        self.read = sum(rank["read"] for rank in own)
+        self.skipped = sum((Counter(rank["skipped"]) for rank in own), Counter())
 
 
-def listed(counts: Counter) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+class StreamLoader(Loader):
+    """Batches of OpenCLIP's own loader, for sampling with replacement.
+
+    Args:
+        args: the trainer's options.
+        source: OpenCLIP's loader, whose pipeline yields batches with their counts.
+        num_batches: of each rank in an epoch.
+    """
+
+    def __init__(self, args: Any, source: Iterable[tuple[Batch, Counts]], num_batches: int):
+        super().__init__(args)
+        self.source, self._num_batches = source, num_batches
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of each rank in an epoch."""
+        return self._num_batches
+
+    def _rest_of_epoch(self, batches: int) -> Iterable[tuple[Batch, Counts]]:
+        return islice(self.source, batches)
 
 
-class PassLoader(CountingLoader):
+class PassLoader(Loader):
     """Batches of a run in passes over all samples.
 
     Args:
         args: the trainer's options.
-        preprocess: OpenCLIP's transform of the student.
+        recipe: what to make of a sample.
         tokenizer: list of str to int64 ``[captions, L]``.
         shards: paths of tars.
     """
 
-    def __init__(self, args, preprocess: Callable, tokenizer: Callable, shards: Sequence[str]):
-        self.shards, self.workers = list(shards), args.workers
-        self.layout = [args.world_size, max(1, args.workers)]
-        self.seed, self.names = args.seed, _relative(self.shards)
-        self.own = slice(args.rank * self.layout[1], (args.rank + 1) * self.layout[1])
-        self.taken, self.former = 0, []  # batches taken on this layout; see sampling.pieces_of
-        saved = checkpoint.resumed(args).get("sampling")
-        self.sizes = self._same_data(args, saved) if saved else _sizes(args, self.shards)
-        if not sum(self.sizes):
-            raise SystemExit(
-                f"error: no sample in {len(self.shards)} shards of --train-data {args.train_data}"
-            )
+    def __init__(self, args: Any, recipe: Recipe, tokenizer: Tokenizer, shards: Sequence[str]):
+        super().__init__(args)
+        self.recipe, self.tokenizer, self.shards = recipe, tokenizer, list(shards)
+        self.layout = [args.world_size, max(1, args.workers)]  # ranks, streams of each
+        self.names = _relative_names(self.shards)
+        self.taken = 0  # batches that this rank has taken on this layout
+        self.previous: list[Sequence[Cursor]] = []  # see sampling.pieces_of_stream
         self.cursors: list[Cursor] = [(0, 0)] * self.layout[1]  # of this rank's streams
-        if saved:
-            cursors = [tuple(cursor) for cursor in saved["cursors"]]
-            if saved["layout"] == self.layout:
-                self.cursors, self.taken, self.former = (
-                    cursors[self.own],
-                    saved["taken"],
-                    saved["former"],
-                )
-            else:
-                self.former = [*former_layouts(saved["former"], cursors), cursors]
-                self.cursors = [(min(cursors)[0], 0)] * self.layout[1]
-                logging.info(
-                    f"What is left of the passes is dealt anew: to {self.layout[0]} ranks x {self.layout[1]} workers, "
-                    f"after {saved['layout'][0]} x {saved['layout'][1]}"
-                )
-        global_batch = args.batch_size * args.world_size
-        num_batches = math.ceil(
-            (args.train_num_samples or sum(self.sizes)) / (global_batch * args.accum_freq)
-        )
-        num_batches *= args.accum_freq
-        self.streams = _Streams(args, preprocess, tokenizer, self.shards, self.sizes)
-        super().__init__((), num_batches, num_batches * global_batch, args)
+        self.saved_sizes: list[int] | None = None
+
+    # How many samples there are is looked up when it is first asked for, so that a resumed run
+    # takes it from its checkpoint: a shard that has vanished since does not change the order.
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Samples in each shard; all ranks have to call."""
+        sizes = self.saved_sizes or _find_sizes(self.args, self.shards)
+        if not sum(sizes):
+            raise SystemExit(
+                f"error: no sample in {len(self.shards)} shards of --train-data "
+                f"{self.args.train_data}"
+            )
         logging.info(
-            f"{sum(self.sizes)} samples in {len(self.shards)} shards, without replacement, seed {self.seed}"
+            f"{sum(sizes)} samples in {len(self.shards)} shards, without replacement, "
+            f"seed {self.args.seed}"
         )
+        return sizes
 
-    def _same_data(self, args, saved: dict) -> list[int]:
-        """The sizes in a checkpoint; it must be of the same seed and shards."""
-        if saved["seed"] != self.seed:
-            raise SystemExit(
-                f"error: --seed {self.seed}, but {args.resume} was written with --seed {saved['seed']}"
-            )
-        if saved["names"] != self.names:
-            differ = sorted(set(saved["names"]) ^ set(self.names)) or ["their order"]
-            raise SystemExit(
-                f"error: {args.resume} was written with {len(saved['names'])} shards, --train-data has "
-                f"{len(self.names)}. What differs: {', '.join(differ[:5])}{' …' * (len(differ) > 5)}"
-            )
-        for name, known, size in zip(
-            self.names, _known_sizes(self.shards), saved["sizes"], strict=True
-        ):
-            if known not in (None, size):
-                raise SystemExit(
-                    f"error: {name} had {size} samples when {args.resume} was written, sizes.json says {known} now"
-                )
-        return saved["sizes"]
+    @property
+    def num_batches(self) -> int:
+        """Batches of each rank in an epoch: whole optimizer steps."""
+        args = self.args
+        samples_per_step = args.batch_size * args.world_size * args.accum_freq
+        samples = args.train_num_samples or sum(self.sizes)
+        return math.ceil(samples / samples_per_step) * args.accum_freq
 
-    def _epoch(self, batches: int) -> Iterator[tuple]:
-        first = self.own.start
-        self.streams.start(self.former, self.layout, first, self.cursors, self.taken, batches)
+    def _rest_of_epoch(self, batches: int) -> Iterator[tuple[Batch, Counts]]:
+        limit = SkipLimit(self.num_batches * self.args.batch_size, self.args.max_skipped_fraction)
+        dataset = _PassDataset(self, limit, batches)
         loader = DataLoader(
-            self.streams,
+            dataset,
             batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=outlive_sigterm,
-            generator=torch.Generator(),  # it would draw from the trainer's
+            num_workers=self.args.workers,
+            worker_init_fn=ignore_sigterm,
+            generator=torch.Generator(),  # without one it would draw from the trainer's
         )
-        for batch, stream, cursor, news in loader:
-            self.cursors[stream - first], self.taken = tuple(cursor), self.taken + 1
-            yield batch, news
+        for batch, stream, cursor, counts in loader:
+            self.cursors[stream], self.taken = tuple(cursor), self.taken + 1
+            yield batch, counts
 
-    def sampling(self, cursors: list[Cursor]) -> dict:
-        return {
-            "seed": self.seed,
+    def state_dict(self, group: dist.ProcessGroup | None = None) -> dict:
+        """As in ``Loader``, and how far each stream is."""
+        cursors = [cursor for rank in gather_objects(self.cursors, group) for cursor in rank]
+        sampling = {
+            "seed": self.args.seed,
             "names": self.names,
             "sizes": self.sizes,
             "layout": self.layout,
-            "former": former_layouts(self.former, cursors),
+            "former": layouts_to_keep(self.previous, cursors),
             "cursors": cursors,
             "taken": self.taken,
         }
+        return {**super().state_dict(group), "sampling": sampling}
 
+    def load_state_dict(self, state: dict) -> None:
+        """Continue at the next batch; on another layout, with what is left of the passes.
 
-class _Streams(IterableDataset):
-    """In a worker: the batches of one stream, each with the stream, its cursor after it, and what was read and skipped.
-
-    Workers are made anew for each epoch, after ``start`` has said where the streams stand.
-    """
-
-    def __init__(
-        self,
-        args,
-        preprocess: Callable,
-        tokenizer: Callable,
-        shards: Sequence[str],
-        sizes: Sequence[int],
-    ):
-        self.seed, self.shards, self.sizes = args.seed, shards, sizes
-        self.members = REINFORCED_MEMBERS if args.dataset_reinforcement else PLAIN_MEMBERS
-        if args.dataset_reinforcement:
-            compose, statistics, width, mix_ratio = reinforcement_settings(args, preprocess)
-            self._row = partial(_reinforced_row, compose, mix_ratio, width)
-            self._batched = partial(batch_reinforced, tokenizer=tokenizer, statistics=statistics)
-        else:
-            self._row = partial(_plain_row, preprocess)
-            self._batched = partial(_plain_batches, tokenizer=tokenizer)
-        self._batched = partial(self._batched, batch_size=args.batch_size)
-
-    def start(
-        self, former, layout: list[int], first: int, cursors: list[Cursor], taken: int, batches: int
-    ) -> None:
-        """Say where an epoch, or what is left of it, begins.
-
-        Args:
-            former: see ``sampling.pieces_of``.
-            layout: ranks, and streams of each.
-            first: the first of this rank's streams.
-            cursors: of this rank's streams.
-            taken: batches that this rank has taken on this layout: streams give their batches in turn.
-            batches: how many are wanted.
+        Raises:
+            SystemExit: the state is of another seed, of other shards or of shards of other sizes.
         """
-        self.former, self.layout, self.first, self.cursors = former, layout, first, list(cursors)
-        self.taken, self.batches = taken, batches
+        if saved := state["sampling"]:
+            self._check_same_data(saved)
+            self.saved_sizes = saved["sizes"]
+            self.__dict__.pop("sizes", None)
+            cursors = [tuple(cursor) for cursor in saved["cursors"]]
+            if saved["layout"] == self.layout:
+                first = self.args.rank * self.layout[1]
+                self.cursors = cursors[first : first + self.layout[1]]
+                self.taken, self.previous = saved["taken"], saved["former"]
+            else:
+                self.previous = [*layouts_to_keep(saved["former"], cursors), cursors]
+                self.cursors = [(min(cursors)[0], 0)] * self.layout[1]
+                logging.info(
+                    "The rest of the passes is redistributed: to {} ranks x {} workers, after "
+                    "{} x {}".format(*self.layout, *saved["layout"])
+                )
+        super().load_state_dict(state)
 
-    def __iter__(self) -> Iterator[tuple]:
+    def _check_same_data(self, saved: dict) -> None:
+        args = self.args
+        if saved["seed"] != args.seed:
+            raise SystemExit(
+                f"error: --seed {args.seed}, but {args.resume} was written with --seed "
+                f"{saved['seed']}"
+            )
+        if saved["names"] != self.names:
+            differ = sorted(set(saved["names"]) ^ set(self.names)) or ["their order"]
+            more = " …" if len(differ) > 5 else ""
+            raise SystemExit(
+                f"error: {args.resume} was written with {len(saved['names'])} shards, --train-data "
+                f"has {len(self.names)}. What differs: {', '.join(differ[:5])}{more}"
+            )
+        known = _sizes_from_json(self.shards)
+        for name, now, before in zip(self.names, known, saved["sizes"], strict=True):
+            if now not in (None, before):
+                raise SystemExit(
+                    f"error: {name} had {before} samples when {args.resume} was written, "
+                    f"sizes.json has {now} now"
+                )
+
+
+class _PassDataset(IterableDataset):
+    """In a worker: batches of one stream, each with the stream's number on its rank, its cursor
+    after the batch, and the counts. Each epoch makes a new one, of where the loader's streams
+    are."""
+
+    def __init__(self, loader: PassLoader, limit: SkipLimit, batches: int):
+        args, (ranks, streams) = loader.args, loader.layout
+        self.shards, self.recipe, self.tokenizer = loader.shards, loader.recipe, loader.tokenizer
+        self.batch_size, self.batches, self.taken = args.batch_size, batches, loader.taken
+        self.limit, self.cursors = limit, list(loader.cursors)
+        self.state = partial(StreamState, args.seed, loader.sizes, loader.previous, ranks * streams)
+        self.first_stream = args.rank * streams
+
+    def __iter__(self) -> Iterator[tuple[Batch, int, Cursor | None, Counts]]:
         worker = get_worker_info()
         process, processes = (worker.id, worker.num_workers) if worker else (0, 1)
-        own = (process + self.taken) % processes
-        self.samples = UsableSamples(len(self.shards), self.members)
-        batches = self._batched(self.samples, src=self._rows(own))
+        # The trainer takes the workers' batches in turn, and a resumed run continues the turn.
+        stream = (process + self.taken) % processes
+        members = self.recipe.members
+        wanted = {extension for extensions in members.values() for extension in extensions}
+        samples = passes(
+            ShardReader(self.shards, wanted.__contains__),
+            self.state(self.first_stream + stream, self.cursors[stream]),
+        )
+        tally = Tally(members, self.limit)
+        made = batches(samples, self.recipe, self.tokenizer, self.batch_size, tally)
         for _ in range(process, self.batches, processes):
-            batch = next(batches)
-            yield batch, self.first + own, self.cursors[own], self.samples.news()
-
-    def _rows(self, own: int) -> Iterator[dict]:
-        """Endlessly, the usable samples of a stream; ``self.cursors`` follows."""
-        total, streams = sum(self.sizes), math.prod(self.layout)
-        wanted = {extension for extensions in self.members.values() for extension in extensions}
-        reader, order = (
-            ShardReader(self.shards, wanted),
-            lru_cache(2)(partial(Order, self.seed, sizes=self.sizes)),
-        )
-        # a worker gives up when not one of so many samples can be used: twice its part of a pass, or ten shards
-        patience = min(
-            2 * total // streams,
-            SHARDS_WITHOUT_A_USABLE_SAMPLE * total // len(self.shards) + SHUFFLE_BUFFER,
-        )
-        patience = max(patience, 1000)
-        for pass_, position, cursor in positions(
-            self.seed, total, self.former, streams, self.first + own, self.cursors[own]
-        ):
-            self.cursors[own] = cursor
-            shard, place = order(pass_).locate(position)
-            sample = {"__key__": f"number {place}", "__url__": self.shards[shard]}
-            self.samples.opened.add(self.shards[shard])
-            self.samples.read += 1
-            try:
-                sample = reader.read(shard, place)
-                row = self._row(self.samples, sample, self.seed, pass_)
-            except BadSample as error:
-                self.samples.skip(sample, error)
-                if self.samples.read >= patience:
-                    self.samples.give_up()
-                continue
-            self.samples.start()
-            yield row
+            batch, cursor = next(made)
+            yield batch, stream, cursor, tally.take_counts()
 
 
-def _reinforced_row(
-    compose, mix_ratio, width, samples: UsableSamples, sample: dict, seed: int, pass_: int
-) -> dict:
-    return augment(draw_from(samples, sample, compose, (seed, pass_), mix_ratio, width), compose)
-
-
-def _plain_row(preprocess, samples: UsableSamples, sample: dict, seed: int, pass_: int) -> dict:
-    for lack in missing(sample, PLAIN_MEMBERS):
-        raise BadSample(lack)
-    text, img = caption(sample), decode_image(sample)
-    with _seeded(f"image {seed} {pass_} {sample['__key__']}"):
-        return {**sample, "captions": [text], "image": preprocess(img)}
-
-
-@contextmanager
-def _seeded(key: str) -> Iterator[None]:
-    """Random numbers that only ``key`` decides, for transforms that draw from the global generators."""
-    own = random.Random(key)
-    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(own.getrandbits(64))
-    np.random.seed(own.getrandbits(32))
-    torch.default_generator.manual_seed(
-        own.getrandbits(63)
-    )  # torch.manual_seed would go on to the GPUs
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.default_generator.set_state(before[2])
-
-
-def _plain_batches(samples, tokenizer, batch_size, src: Iterable[dict]) -> Iterator[tuple]:
-    """Batches as OpenCLIP's own: images ``[B, 3, H, W]`` and texts ``[B, L]``."""
-    for rows, texts in tokenised_batches(samples, tokenizer, batch_size, src):
-        yield default_collate([row["image"] for row in rows]), texts[:, 0]
-
-
-def _relative(shards: Sequence[str]) -> list[str]:
-    """Names that stay when the data set is moved."""
+def _relative_names(shards: Sequence[str]) -> list[str]:
+    """Names that stay the same when the data set is moved."""
     if len(shards) == 1:
         return [os.path.basename(shards[0])]
     return [os.path.relpath(shard, os.path.commonpath(shards)) for shard in shards]
 
 
-def _known_sizes(shards: Sequence[str]) -> list[int | None]:
+def _sizes_from_json(shards: Sequence[str]) -> list[int | None]:
+    """Samples in each shard by the sizes.json in its folder; None where it is not listed."""
     try:
-        return sizes_beside(shards)
+        found = {folder: read_sizes(folder) for folder in {os.path.dirname(s) for s in shards}}
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    return [found[os.path.dirname(shard)].get(os.path.basename(shard)) for shard in shards]
 
 
-def _sizes(args, shards: Sequence[str]) -> list[int]:
-    """Samples in each shard: by sizes.json, else as the headers say; the ranks share out the counting."""
-    sizes = _known_sizes(shards)
-    unknown = [place for place, size in enumerate(sizes) if size is None]
+def _find_sizes(args: Any, shards: Sequence[str]) -> list[int]:
+    """Samples in each shard by sizes.json, otherwise by its headers; the ranks share the work."""
+    known = _sizes_from_json(shards)
+    unknown = [place for place, size in enumerate(known) if size is None]
     if unknown and args.rank == 0:
-        logging.info(
-            f"Counting the samples of {len(unknown)} shards, which no sizes.json beside them tells"
-        )
+        logging.info(f"Counting the samples of {len(unknown)} shards that no sizes.json lists")
     own = unknown[args.rank :: args.world_size]
     counted = dict(zip(own, count_samples([shards[place] for place in own]), strict=True))
     for place, (size, fault) in counted.items():
         if fault:
             logging.warning(
-                f"Shard {shards[place]} counts as one of {size} samples, the rest can't be read: {fault}"
+                f"Shard {shards[place]} counts as {size} samples; the rest can't be read: {fault}"
             )
-    for counts in checkpoint.gathered(args, counted):
+    sizes = [size or 0 for size in known]
+    for counts in gather_objects(counted):
         for place, (size, _) in counts.items():
             sizes[place] = size
     return sizes

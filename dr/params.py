@@ -1,13 +1,27 @@
-"""The command-line options of dataset reinforcement, and the checks that need no data."""
+"""The command-line options of the recipe, and the rules that they have to follow."""
 
 import json
 import os
 import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 
 import open_clip
 
-from .transforms import compose_from_config
+from .transforms import Compose, compose_from_config
+
+# Whether the options break a rule, and what to say then.
+Rule = tuple[bool, str]
+
+OPTIONS_OF_REINFORCEMENT = (
+    "dataset_reinforcement_config",
+    "dataset_reinforcement_mix_synthetic",
+    "dataset_reinforcement_mix_synthetic_ratio",
+    "distill_loss_weights",
+    "distill_teacher_dimension",
+    "distill_average_after_softmax",
+    "distill_logit_scale",
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -15,25 +29,27 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("dataset reinforcement")
     group.add_argument(
         "--dataset-reinforcement",
-        default=False,
         action="store_true",
         help="Load image and text embeddings and synthetic captions from the training shards.",
     )
     group.add_argument(
         "--dataset-reinforcement-config",
-        default=None,
         metavar="FILE",
-        help="JSON file that says how the reinforcements were made, configs/datacompdr12m.json for one.",
+        help="JSON file that describes how the data set was reinforced, for example "
+        "configs/datacompdr12m.json.",
     )
     group.add_argument(
         "--dataset-reinforcement-mix-synthetic",
-        default=False,
         action="store_true",
-        help="One caption for each image instead of two: the synthetic one with a probability of "
-        "--dataset-reinforcement-mix-synthetic-ratio, else the original.",
+        help="Train on one caption for each image instead of two: a synthetic one with the "
+        "probability --dataset-reinforcement-mix-synthetic-ratio, otherwise the original.",
     )
     group.add_argument(
-        "--dataset-reinforcement-mix-synthetic-ratio", type=float, default=0.0, metavar="R"
+        "--dataset-reinforcement-mix-synthetic-ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="Probability of a synthetic caption with --dataset-reinforcement-mix-synthetic.",
     )
     group.add_argument(
         "--distill-loss-weights",
@@ -49,27 +65,26 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         default=[-1],
         metavar="D",
-        help="Width of each teacher's block in the stored embeddings; -1: one teacher, as wide as they are.",
+        help="Width of each teacher's block in the stored embeddings. -1: one teacher, whose "
+        "embeddings have the whole width.",
     )
     group.add_argument(
         "--distill-average-after-softmax",
-        default=False,
         action="store_true",
-        help="Average the teachers' distributions instead of adding up their logits.",
+        help="Average the teachers' distributions instead of adding their logits.",
     )
     group.add_argument(
         "--distill-logit-scale",
         type=float,
         nargs="+",
-        default=None,
         metavar="S",
-        help="The teachers' logit scale: one for all, or one for each. 100 in both published recipes.",
+        help="Logit scale of the teachers: one for all, or one for each. The DataCompDR recipes "
+        "use 100.",
     )
 
     group = parser.add_argument_group("sampling and resuming")
     group.add_argument(
         "--dataset-without-replacement",
-        default=False,
         action="store_true",
         help="Train in passes over all samples of all shards, each sample once in a pass.",
     )
@@ -78,45 +93,47 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="Write a checkpoint after every N optimiser steps of an epoch, from which --resume latest goes on.",
+        help="Write a checkpoint after every N optimizer steps of an epoch, from which --resume "
+        "latest continues. 0: no checkpoints within epochs.",
     )
     group.add_argument(
         "--keep-last-k",
         type=int,
         default=2,
         metavar="K",
-        help="How many checkpoints within epochs are kept.",
+        help="Number of checkpoints within epochs to keep.",
     )
     group.add_argument(
         "--max-skipped-fraction",
         type=float,
-        default=None,
         metavar="F",
-        help="Stop when more than this part of an epoch's samples can't be used. Default: 0.1 with "
-        "--dataset-reinforcement or --dataset-without-replacement, else no limit.",
+        help="Stop when more than this fraction of an epoch's samples cannot be used. Default: 0.1 "
+        "with --dataset-reinforcement or --dataset-without-replacement, otherwise 1, no limit.",
     )
 
 
 def prepare_args(args: Namespace, parser: ArgumentParser) -> None:
-    """Refuse options that contradict each other, and make a model of ``--model FILE.json`` known to OpenCLIP.
+    """Check the options, and register the model of ``--model FILE.json`` with OpenCLIP.
 
-    Exits with status 2 and one line that names both sides.
+    Exits with status 2 and one line if the options break a rule.
     """
     try:
         args.model = register_model(args.model)
     except FileNotFoundError as error:
         parser.exit(2, f"error: --model: {error}\n")
-    found = _sampling_contradiction(args) or _contradiction(args, parser)
-    if found:
-        parser.exit(2, f"error: {found}\n")
+    for is_broken, message in list_rules(args, parser):
+        if is_broken:
+            parser.exit(2, f"error: {message}\n")
     if args.max_skipped_fraction is None:
-        args.max_skipped_fraction = (
-            0.1 if args.dataset_reinforcement or args.dataset_without_replacement else 1.0
-        )
+        limited = args.dataset_reinforcement or args.dataset_without_replacement
+        args.max_skipped_fraction = 0.1 if limited else 1.0
 
 
 def register_model(name: str) -> str:
-    """Make a model config file known to OpenCLIP; returns the model's name. Other names are returned as they are.
+    """Register a model config file with OpenCLIP.
+
+    Returns:
+        The model's name: ``FILE`` for ``FILE.json``; other names as they are.
 
     Raises:
         FileNotFoundError: ``name`` ends in .json, and there is no such file.
@@ -129,136 +146,148 @@ def register_model(name: str) -> str:
     return os.path.splitext(os.path.basename(name))[0]
 
 
-def _sampling_contradiction(args: Namespace) -> str | None:
-    for option in ("dataset_without_replacement", "save_every_n_steps"):
-        if not getattr(args, option):
-            continue
-        on, data = f"--{option.replace('_', '-')}", args.train_data or ""
-        without = option == "dataset_without_replacement"
-        for name, given in (
-            (
-                "--dataset-resampled, which draws with replacement",
-                without and args.dataset_resampled,
-            ),
-            (
-                "--train-data-upsampling-factors",
-                without and args.train_data_upsampling_factors is not None,
-            ),
-            (
-                f"--train-data {data}: streams can't be read at any place",
-                without and re.search(r"(^|::)\w+:", data),
-            ),
-            ("--horovod", args.horovod),
-            (
-                f"--dataset-type {args.dataset_type}",
-                args.dataset_type not in ("webdataset", "auto"),
-            ),
-            (
-                f"--train-data {data}, which is no tar",
-                args.dataset_type == "auto" and data and not data.endswith(".tar"),
-            ),
-        ):
-            if given:
-                return f"{on} does not go with {name}: leave out one of them"
-    for option, value, right, expected in (
+def list_rules(args: Namespace, parser: ArgumentParser) -> Iterator[Rule]:
+    """The rules in the order in which they are checked; a rule may rely on those before it."""
+    yield from _value_rules(args)
+    if args.dataset_without_replacement:
+        yield from _conflicts(
+            "--dataset-without-replacement",
+            [
+                (args.dataset_resampled, "--dataset-resampled, which samples with replacement"),
+                (
+                    args.train_data_upsampling_factors is not None,
+                    "--train-data-upsampling-factors",
+                ),
+                (
+                    bool(re.search(r"(^|::)\w+:", args.train_data or "")),
+                    f"--train-data {args.train_data}: streams can't be read at any place",
+                ),
+                *_needs_tars(args),
+            ],
+        )
+    if args.save_every_n_steps:
+        yield from _conflicts("--save-every-n-steps", _needs_tars(args))
+    if args.dataset_reinforcement:
+        yield from _reinforcement_rules(args)
+    else:
+        for option in OPTIONS_OF_REINFORCEMENT:
+            yield (
+                getattr(args, option) != parser.get_default(option),
+                f"--{option.replace('_', '-')} was given without --dataset-reinforcement, which it "
+                "needs",
+            )
+
+
+def _conflicts(option: str, others: list[Rule]) -> Iterator[Rule]:
+    for given, name in others:
+        yield given, f"{option} does not go with {name}: remove one of them"
+
+
+def _needs_tars(args: Namespace) -> list[Rule]:
+    data = args.train_data or ""
+    guessed = args.dataset_type == "auto"
+    return [
+        (args.horovod, "--horovod"),
+        (not guessed and args.dataset_type != "webdataset", f"--dataset-type {args.dataset_type}"),
         (
-            "--save-every-n-steps",
-            args.save_every_n_steps,
-            args.save_every_n_steps >= 0,
-            "a number of steps, or 0",
+            guessed and bool(data) and not data.endswith(".tar"),
+            f"--train-data {data}, which is not a tar",
         ),
-        ("--keep-last-k", args.keep_last_k, args.keep_last_k >= 1, "1 and more"),
-        (
-            "--max-skipped-fraction",
-            args.max_skipped_fraction,
-            args.max_skipped_fraction is None or 0.0 <= args.max_skipped_fraction <= 1.0,
-            "a fraction, 0 to 1",
-        ),
-    ):
-        if not right:
-            return f"{option} {value}: expected {expected}"
-    return None
+    ]
 
 
-def _contradiction(args: Namespace, parser: ArgumentParser) -> str | None:
-    if not args.dataset_reinforcement:
-        for option in (
-            "dataset_reinforcement_config",
-            "dataset_reinforcement_mix_synthetic",
-            "dataset_reinforcement_mix_synthetic_ratio",
-            "distill_loss_weights",
-            "distill_teacher_dimension",
-            "distill_average_after_softmax",
-            "distill_logit_scale",
-        ):
-            if getattr(args, option) != parser.get_default(option):
-                return f"--{option.replace('_', '-')} was given without --dataset-reinforcement, which it is an option of"
-        return None
+def _value_rules(args: Namespace) -> Iterator[Rule]:
+    steps, kept, fraction = args.save_every_n_steps, args.keep_last_k, args.max_skipped_fraction
+    yield steps < 0, f"--save-every-n-steps {steps}: expected a number of steps, or 0"
+    yield kept < 1, f"--keep-last-k {kept}: expected 1 or more"
+    yield (
+        fraction is not None and not 0.0 <= fraction <= 1.0,
+        f"--max-skipped-fraction {fraction}: expected a fraction, 0 to 1",
+    )
 
-    on = "--dataset-reinforcement"
+
+def _reinforcement_rules(args: Namespace) -> Iterator[Rule]:
     model = open_clip.get_model_config(args.model) or {}
-    for name, given in (
-        ("--siglip", args.siglip),
-        (f"the SigLIP model {args.model}", "init_logit_bias" in model),
-        (f"the CoCa model {args.model}", "coca" in args.model.lower() or "multimodal_cfg" in model),
-        ("--distill-model (a teacher that runs along)", args.distill_model is not None),
-        ("--horovod", args.horovod),
-        ("--aug-cfg (the stored augmentations are what the student sees)", bool(args.aug_cfg)),
-        (f"--dataset-type {args.dataset_type}", args.dataset_type not in ("webdataset", "auto")),
-        (
-            f"--train-data {args.train_data}, which is no tar",
-            args.dataset_type == "auto"
-            and args.train_data
-            and not args.train_data.endswith(".tar"),
-        ),
-    ):
-        if given:
-            return f"{on} does not go with {name}: leave out one of them"
+    is_coca = "coca" in args.model.lower() or "multimodal_cfg" in model
+    yield from _conflicts(
+        "--dataset-reinforcement",
+        [
+            (args.siglip, "--siglip"),
+            ("init_logit_bias" in model, f"the SigLIP model {args.model}"),
+            (is_coca, f"the CoCa model {args.model}"),
+            (
+                args.distill_model is not None,
+                "--distill-model (a teacher that runs during training)",
+            ),
+            (
+                bool(args.aug_cfg),
+                "--aug-cfg (the student sees the stored augmentations)",
+            ),
+            *_needs_tars(args),
+        ],
+    )
 
     path = args.dataset_reinforcement_config
-    if path is None:
-        return f"{on} needs --dataset-reinforcement-config FILE, configs/datacompdr12m.json for one"
+    yield (
+        path is None,
+        "--dataset-reinforcement needs --dataset-reinforcement-config FILE, for example "
+        "configs/datacompdr12m.json",
+    )
     try:
-        with open(path) as file:
-            augmentation = json.load(file)["reinforce"]["image_augmentation"]
-        compose = compose_from_config(augmentation)
-    except OSError as error:
-        return f"--dataset-reinforcement-config {path}: {error.strerror}"
-    except (KeyError, TypeError) as error:
-        return f"--dataset-reinforcement-config {path}: expected an object with reinforce.image_augmentation: {error!r}"
+        compose = read_augmentation(path)
     except ValueError as error:
-        return f"--dataset-reinforcement-config {path}: {error}"
-    if "random_resized_crop" not in compose.transforms:
-        return f"--dataset-reinforcement-config {path}: no random_resized_crop, whose output is sized for the student"
-
-    ratio, mixed = (
-        args.dataset_reinforcement_mix_synthetic_ratio,
-        args.dataset_reinforcement_mix_synthetic,
+        yield True, f"--dataset-reinforcement-config {path}: {error}"
+        return
+    yield (
+        "random_resized_crop" not in compose.transforms,
+        f"--dataset-reinforcement-config {path}: no random_resized_crop, whose output gets the "
+        "student's size",
     )
-    if not 0.0 <= ratio <= 1.0:
-        return (
-            f"--dataset-reinforcement-mix-synthetic-ratio {ratio}: expected a probability, 0 to 1"
-        )
-    if ratio and not mixed:
-        return (
-            f"--dataset-reinforcement-mix-synthetic-ratio {ratio} was given without "
-            "--dataset-reinforcement-mix-synthetic, which it is the ratio of"
-        )
 
-    weights, scales, dimensions = (
-        args.distill_loss_weights,
-        args.distill_logit_scale,
-        args.distill_teacher_dimension,
+    ratio = args.dataset_reinforcement_mix_synthetic_ratio
+    option = f"--dataset-reinforcement-mix-synthetic-ratio {ratio}"
+    yield not 0.0 <= ratio <= 1.0, f"{option}: expected a probability, 0 to 1"
+    yield (
+        bool(ratio) and not args.dataset_reinforcement_mix_synthetic,
+        f"{option} was given without --dataset-reinforcement-mix-synthetic, which it needs",
     )
-    if min(weights) < 0 or max(weights) <= 0:
-        return f"--distill-loss-weights {weights[0]} {weights[1]}: expected weights of 0 and more, not both 0"
-    if weights[1] and scales is None:
-        return f"--distill-loss-weights {weights[0]} {weights[1]} distills, but there is no --distill-logit-scale"
-    if dimensions != [-1] and min(dimensions) < 1:
-        return f"--distill-teacher-dimension {' '.join(map(str, dimensions))}: expected widths of 1 and more"
-    if scales is not None and len(scales) not in (1, len(dimensions)):
-        return (
-            f"--distill-logit-scale has {len(scales)} values, --distill-teacher-dimension {len(dimensions)}: "
-            "give one scale, or one for each teacher"
-        )
-    return None
+
+    weights, scales = args.distill_loss_weights, args.distill_logit_scale
+    option = f"--distill-loss-weights {weights[0]} {weights[1]}"
+    yield (
+        min(weights) < 0 or max(weights) <= 0,
+        f"{option}: expected weights of 0 or more, not both 0",
+    )
+    yield (
+        bool(weights[1]) and scales is None,
+        f"{option} distills, but there is no --distill-logit-scale",
+    )
+    dimensions = args.distill_teacher_dimension
+    yield (
+        dimensions != [-1] and min(dimensions) < 1,
+        f"--distill-teacher-dimension {' '.join(map(str, dimensions))}: expected widths of 1 or "
+        "more",
+    )
+    yield (
+        scales is not None and len(scales) not in (1, len(dimensions)),
+        f"--distill-logit-scale has {len(scales or [])} values, --distill-teacher-dimension "
+        f"{len(dimensions)}: give one scale, or one for each teacher",
+    )
+
+
+def read_augmentation(path: str) -> Compose:
+    """The augmentation of a reinforcement config.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            augmentation = json.load(file)["reinforce"]["image_augmentation"]
+        return compose_from_config(augmentation)
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected an object with reinforce.image_augmentation: {error!r}"
+        ) from error

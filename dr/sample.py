@@ -1,11 +1,12 @@
-"""One sample of a joined DataCompDR shard: decode what is stored, choose, and keep the rows that belong together.
+"""One sample of a joined shard: decode it, choose from it, and augment its image.
 
-A sample holds A augmentations of its image, 1 original and S synthetic captions, and the teachers' embeddings of all of
-them. ``draw`` picks one augmentation and the captions of this visit, and returns them with exactly their embeddings: a
-few KB in the place of 221. The image stays compressed until ``decode_image``.
+A sample holds A stored augmentations of its image, 1 original and S synthetic captions, and the
+teachers' embeddings of all of them. :func:`draw` chooses one augmentation and the captions for this
+visit, and returns them with exactly their embeddings: a few KB in place of 221. The image stays
+compressed until :func:`decode_image`.
 
-Shards come from strangers: nothing is unpickled, and nothing inflates beyond a bound. Whatever is wrong with a sample
-is raised as ``BadSample``; what that costs is for the caller to decide.
+Shards come from strangers: nothing is unpickled, and nothing inflates beyond a bound. Whatever is
+wrong with a sample is raised as ``BadSample``; the caller decides what happens then.
 """
 
 import functools
@@ -16,17 +17,20 @@ import random
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .sampling import coin, turn_of
+from .sampling import Choice
 from .transforms import Compose
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
-# What training needs in a sample: a name for people, and the members of which there must be one.
+# Required members of a sample: a name for messages, and the extensions of which one must be there.
 PLAIN_MEMBERS = {"an image": IMAGE_MEMBERS, "a caption": ("txt",)}
 REINFORCED_MEMBERS = {
     **PLAIN_MEMBERS,
@@ -36,16 +40,16 @@ REINFORCED_MEMBERS = {
 }
 USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
 EMBEDDINGS = ("image_emb", "text_emb")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # and no others: some of Pillow's formats start a program
-MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's have at most 512 x 512
-MAX_INFLATED = 2**26  # bytes in one embedding member; a sample of DataCompDR-12M holds 221,184
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # only these: some of Pillow's formats start a program
+MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's images have at most 512 x 512
+MAX_INFLATED = 2**26  # bytes of one embedding member; a sample of DataCompDR-12M holds 221,184
 
 
 class BadSample(ValueError):
-    """A sample that can't be used.
+    """A sample that cannot be used.
 
     Attributes:
-        reason: what is wrong in a few words, the same for all samples that fail in this way, for counting.
+        reason: what is wrong in a few words, the same for all samples with this fault, to count by.
     """
 
     def __init__(self, reason: str, detail: object = ""):
@@ -54,7 +58,7 @@ class BadSample(ValueError):
 
 
 def missing(sample: dict, members: dict[str, tuple[str, ...]]) -> list[str]:
-    """Names of those ``members`` of which a sample has none, each with the extensions that would do."""
+    """The required members that a sample lacks, each as ``lacks NAME (EXTENSION or …)``."""
     return [
         f"lacks {name} ({' or '.join(extensions)})"
         for name, extensions in members.items()
@@ -67,14 +71,14 @@ def first_member(sample: dict, extensions: tuple[str, ...]) -> tuple[str, bytes]
     return next((extension, sample[extension]) for extension in extensions if extension in sample)
 
 
-def _json(member: str, text: bytes | str):
+def _json(member: str, text: bytes | str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"unreadable {member}", error) from error
 
 
-def _field(sample: dict, member: str, field: str):
+def _field(sample: dict, member: str, field: str) -> Any:
     content = _json(member, sample[member])
     if not isinstance(content, dict) or field not in content:
         raise BadSample(f"unreadable {member}", f"expected an object with {field}")
@@ -94,7 +98,8 @@ def synthetic_captions(sample: dict) -> list[str]:
 
 
 def augmentation_parameters(sample: dict) -> list:
-    """The A compressed parameter lists of ``paug.json``; a list, or a string that holds it as JSON."""
+    """The A compressed parameter lists of ``paug.json``: a list, or a string with that list as
+    JSON."""
     parameters = _field(sample, "paug.json", "param_aug")
     if isinstance(parameters, str):
         parameters = _json("paug.json", parameters)
@@ -118,25 +123,24 @@ def embeddings(sample: dict) -> dict[str, Tensor]:
     """The stored embeddings of ``npz`` (NumPy) or ``pth.gz`` (gzip around ``torch.save``).
 
     Returns:
-        ``image_emb`` float ``[A, ΣD_k]`` and ``text_emb`` float ``[1 + S, ΣD_k]``, in the precision stored.
+        ``image_emb`` ``[A, ΣD_k]`` and ``text_emb`` ``[1 + S, ΣD_k]``, float in the precision
+        stored.
     """
     return {name: _rows(stored, slice(None)) for name, stored in _stored_embeddings(sample).items()}
 
 
 def _rows(stored: np.ndarray | Tensor, rows: slice | list[int]) -> Tensor:
     """Some rows, as a tensor that keeps nothing else alive."""
-    return (
-        torch.from_numpy(np.array(stored[rows]))
-        if isinstance(stored, np.ndarray)
-        else stored[rows].clone()
-    )
+    if isinstance(stored, np.ndarray):
+        return torch.from_numpy(np.array(stored[rows]))
+    return stored[rows].clone()
 
 
 def _stored_embeddings(sample: dict) -> dict[str, np.ndarray | Tensor]:
-    """As :func:`embeddings`, but with views where that saves work."""
+    """As :func:`embeddings`, but as views of the stored bytes where possible."""
     member, data = first_member(sample, REINFORCED_MEMBERS["embeddings"])
     try:
-        stored = (_load_npz if member == "npz" else _load_pth_gz)(data)
+        stored: dict = _load_npz(data) if member == "npz" else _load_pth_gz(data)
     except BadSample:
         raise
     except Exception as error:  # whatever a broken or hostile file makes the readers raise
@@ -149,14 +153,14 @@ def _stored_embeddings(sample: dict) -> dict[str, np.ndarray | Tensor]:
             usable = array.dtype in (np.float16, np.float32, np.float64)
         if not usable or array.ndim != 2:
             raise BadSample(
-                f"unreadable {member}", f"{name} is {_described(array)}, not float [rows, width]"
+                f"unreadable {member}", f"{name} is {_describe(array)}, not float [rows, width]"
             )
-        if array.nbytes > MAX_INFLATED:  # few bytes can stand for many by a stride of 0
-            raise BadSample(f"oversized {member}", f"{name} is {_described(array)}")
+        if array.nbytes > MAX_INFLATED:  # with a stride of 0 few bytes can stand for many
+            raise BadSample(f"oversized {member}", f"{name} is {_describe(array)}")
     return stored
 
 
-def _described(array) -> str:
+def _describe(array: Any) -> str:
     return f"{getattr(array, 'dtype', type(array))} {list(getattr(array, 'shape', ()))}"
 
 
@@ -169,9 +173,9 @@ def _check_inflated(archive: zipfile.ZipFile, member: str) -> None:
 
 
 def _load_npz(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an npz; those that are not compressed are views of ``data``, so that what isn't used costs nothing.
+    """The arrays of an npz; uncompressed ones are views of ``data``, so unused rows cost nothing.
 
-    (A view does without the archive's checksums, which take as long as reading it.)
+    Views skip the archive's checksums, which take as long as reading all of it.
     """
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -180,7 +184,8 @@ def _load_npz(data: bytes) -> dict[str, np.ndarray]:
         for name in EMBEDDINGS:
             entry = entries[name]
             if entry.compress_type == zipfile.ZIP_STORED:
-                # a local header: 30 bytes, of which the last four are the lengths of the name and of an extra field
+                # A local header has 30 bytes; its last four: lengths of the name and an extra
+                # field.
                 start = entry.header_offset
                 name_length, extra_length = struct.unpack_from("<HH", data, start + 26)
                 arrays[name] = _view_npy(data, start + 30 + name_length + extra_length)
@@ -201,7 +206,7 @@ def _view_npy(data: bytes, start: int) -> np.ndarray:
 
 @functools.lru_cache(64)
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Remembered, as all samples of a set have the same: NumPy takes as long for it as for reading the array."""
+    """Shape, order and type. Cached: a set's samples share headers, and NumPy's parser is slow."""
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
     if dtype.hasobject:
         raise ValueError("Python objects, which would have to be unpickled")
@@ -209,9 +214,7 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _load_pth_gz(data: bytes) -> dict:
-    stream = zlib.decompressobj(
-        wbits=31
-    )  # a gzip file; a quarter faster than gzip.open (0.38 ms for 0.50)
+    stream = zlib.decompressobj(wbits=31)  # reads gzip in three quarters of gzip.open's time
     inflated = stream.decompress(data, MAX_INFLATED + 1)
     if len(inflated) > MAX_INFLATED:
         raise BadSample("oversized pth.gz", f"over {MAX_INFLATED} bytes inflated")
@@ -220,9 +223,8 @@ def _load_pth_gz(data: bytes) -> dict:
     with zipfile.ZipFile(io.BytesIO(inflated)) as archive:
         _check_inflated(archive, "pth.gz")
     loaded = torch.load(io.BytesIO(inflated), map_location="cpu", weights_only=True)
-    return {
-        name: torch.as_tensor(loaded[name]).detach() for name in EMBEDDINGS
-    }  # what is stored may ask for gradients
+    # A stored tensor may ask for gradients.
+    return {name: torch.as_tensor(loaded[name]).detach() for name in EMBEDDINGS}
 
 
 def decode_image(sample: dict) -> Image.Image:
@@ -248,79 +250,155 @@ def decode_image(sample: dict) -> Image.Image:
 def draw(
     sample: dict,
     compose: Compose,
-    rng: random.Random | tuple[int, int],
+    choice: Choice,
     mix_ratio: float | None = None,
     width: int | None = None,
 ) -> dict:
-    """Choose an augmentation and captions of a sample, and the embeddings that belong to exactly those.
+    """Choose an augmentation and captions of a sample, and take the embeddings of exactly those.
 
     Args:
-        sample: members of a joined sample by extension, as bytes.
-        compose: what the stored parameters are for.
-        rng: makes the choices; or (seed, pass) of sampling without replacement: then they are a function of these and
-            the sample's key, and over the passes each augmentation comes once before one comes twice, and each caption.
-        mix_ratio: None for two captions, the original and a synthetic one; else one caption, which is synthetic with
-            this probability (``--dataset-reinforcement-mix-synthetic``).
-        width: ΣD_k that the embeddings must have, if known.
+        sample: members of a joined sample by extension, as bytes, and ``__key__``.
+        compose: the augmentation that the stored parameters belong to.
+        choice: how to choose; see ``sampling``.
+        mix_ratio: None: two captions, the original and a synthetic one. Otherwise one caption,
+            which is synthetic with this probability.
+        width: ΣD_k that the embeddings must have; None: not checked.
 
     Returns:
-        ``__key__``, ``__url__``, the image's member as it was, ``params`` (for ``compose.reapply``), ``captions`` (list
-        of 2 or 1 str, the original first), ``image_emb`` ``[ΣD_k]`` and ``text_emb`` ``[captions, ΣD_k]``, float in the
-        precision stored.
+        ``params`` (for ``compose.reapply``), ``captions`` (the original, a synthetic one, or both
+        in this order), ``image_emb`` ``[ΣD_k]`` and ``text_emb`` ``[captions, ΣD_k]`` in the
+        precision stored, the image's member as it was, ``__key__`` and ``__url__``.
 
     Raises:
-        BadSample: something is missing, unreadable, not finite, or row counts disagree.
+        BadSample: something is missing, unreadable or not finite, or row counts disagree.
     """
     for lack in missing(sample, REINFORCED_MEMBERS):
         raise BadSample(lack)
-    synthetic, parameters, original, stored = (
-        synthetic_captions(sample),
-        augmentation_parameters(sample),
-        caption(sample),
-        _stored_embeddings(sample),
-    )
-    for name, rows, of in (
+    synthetic, parameters = synthetic_captions(sample), augmentation_parameters(sample)
+    original, stored = caption(sample), _stored_embeddings(sample)
+    for name, count, of in (
         ("image_emb", len(parameters), "augmentations"),
         ("text_emb", 1 + len(synthetic), "captions"),
     ):
-        if len(stored[name]) != rows:
-            raise BadSample(
-                "row counts disagree", f"{name} has {len(stored[name])} rows for {rows} {of}"
-            )
-        if width is not None and stored[name].shape[1] != width:
-            raise BadSample(
-                "embedding width", f"{name} is {stored[name].shape[1]} wide, expected {width}"
-            )
-    if isinstance(rng, tuple):
-        now = (*rng, sample.get("__key__"))
-        augmentation = turn_of(*now, "augmentation", len(parameters))
-        which = turn_of(*now, "caption", len(synthetic))
-    else:
-        augmentation, which = rng.randrange(len(parameters)), rng.randrange(len(synthetic))
-    chosen = [0, 1 + which]
+        found, found_width = stored[name].shape
+        if found != count:
+            raise BadSample("row counts disagree", f"{name} has {found} rows for {count} {of}")
+        if width not in (None, found_width):
+            raise BadSample("embedding width", f"{name} is {found_width} wide, expected {width}")
+
+    key = str(sample.get("__key__"))
+    augmentation = choice.choose(key, "augmentation", len(parameters))
+    rows_chosen = [0, 1 + choice.choose(key, "caption", len(synthetic))]
     if mix_ratio is not None:
-        mixed_in = coin(*now, "mix") if isinstance(rng, tuple) else rng.random()
-        chosen = chosen[1:] if mixed_in < mix_ratio else chosen[:1]
+        is_synthetic = choice.generator(key, "mix").random() < mix_ratio
+        rows_chosen = rows_chosen[1:] if is_synthetic else rows_chosen[:1]
     try:
         params = compose.decompress(parameters[augmentation])
     except ValueError as error:
         raise BadSample("augmentation parameters", error) from error
-    image_emb, text_emb = (
-        _rows(stored["image_emb"], [augmentation]),
-        _rows(stored["text_emb"], chosen),
-    )
-    # one infinite or NaN term makes the sum so, in a third of the time of looking at each; float64 can't overflow
-    if not all(
-        math.isfinite(rows.float().sum(dtype=torch.float64)) for rows in (image_emb, text_emb)
-    ):
-        raise BadSample("embeddings are not finite")
+    image_emb = _rows(stored["image_emb"], [augmentation])
+    text_emb = _rows(stored["text_emb"], rows_chosen)
+    for rows in (image_emb, text_emb):
+        # An infinite or NaN term makes the sum so, in a third of the time of testing each term.
+        if not math.isfinite(rows.float().sum(dtype=torch.float64)):
+            raise BadSample("embeddings are not finite")
     member, image = first_member(sample, IMAGE_MEMBERS)
     return {
         "__key__": sample.get("__key__"),
         "__url__": sample.get("__url__"),
         member: image,
         "params": params,
-        "captions": [[original, *synthetic][row] for row in chosen],
+        "captions": [[original, *synthetic][row] for row in rows_chosen],
         "image_emb": image_emb[0],
         "text_emb": text_emb,
     }
+
+
+# --- what training makes of a sample --------------------------------------------------------------
+class ReinforcedRecipe:
+    """One stored augmentation, its captions and their embeddings.
+
+    Args:
+        compose: the augmentation as the student sees it, up to ``to_tensor``.
+        statistics: mean and standard deviation ``[2, 3]`` to normalise the batch with.
+        mix_ratio, width: see :func:`draw`.
+    """
+
+    members = REINFORCED_MEMBERS
+
+    def __init__(
+        self, compose: Compose, statistics: Tensor, mix_ratio: float | None, width: int | None
+    ):
+        self.compose, self.statistics = compose, statistics
+        self.mix_ratio, self.width = mix_ratio, width
+        self._has_drawn = False
+
+    def draw(self, sample: dict, choice: Choice) -> dict:
+        """A row: a few KB in place of a sample's 221; see :func:`draw`.
+
+        Raises:
+            BadSample: the sample cannot be used.
+            ValueError: the embeddings of the first sample have another width than the options say.
+        """
+        try:
+            row = draw(sample, self.compose, choice, self.mix_ratio, self.width)
+        except BadSample as error:
+            if error.reason == "embedding width" and not self._has_drawn:
+                where = f"{sample.get('__key__')} of {sample.get('__url__')}"
+                raise ValueError(f"{where}: {error} by --distill-teacher-dimension") from error
+            raise
+        self._has_drawn = True
+        return row
+
+    def augment(self, row: dict, choice: Choice) -> dict:
+        """The row with its ``image``, uint8 ``[H, W, 3]``; float32 ``[3, H, W]`` if it erases."""
+        img = decode_image(row)
+        try:
+            image, _ = self.compose.reapply(img, row["params"])
+        except ValueError as error:
+            raise BadSample("augmentation parameters", error) from error
+        if not isinstance(image, Tensor):
+            image = torch.from_numpy(np.array(image))
+        return {**row, "image": image}
+
+
+class BaselineRecipe:
+    """Image and original caption, preprocessed as OpenCLIP does.
+
+    Args:
+        preprocess: OpenCLIP's training transform of the student.
+    """
+
+    members = PLAIN_MEMBERS
+    statistics = None
+
+    def __init__(self, preprocess: Callable[[Image.Image], Tensor]):
+        self.preprocess = preprocess
+
+    def draw(self, sample: dict, choice: Choice) -> dict:
+        """A row with the caption, and the image as it was."""
+        for lack in missing(sample, PLAIN_MEMBERS):
+            raise BadSample(lack)
+        return {**sample, "captions": [caption(sample)]}
+
+    def augment(self, row: dict, choice: Choice) -> dict:
+        """The row with its ``image``, float32 ``[3, H, W]``, augmented as ``choice`` decides."""
+        img = decode_image(row)
+        with _seed_generators(choice.generator(row["__key__"], "image")):
+            return {**row, "image": self.preprocess(img)}
+
+
+@contextmanager
+def _seed_generators(own: random.Random) -> Iterator[None]:
+    """Seed the global random generators, from which transforms draw, and restore them at the
+    end."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(own.getrandbits(64))
+    np.random.seed(own.getrandbits(32))
+    torch.default_generator.manual_seed(own.getrandbits(63))  # torch.manual_seed: on GPUs as well
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])

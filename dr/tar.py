@@ -1,10 +1,12 @@
-"""Read tars of samples: their members, the spans of the members' bytes, and which members form one sample.
+"""Read tars of samples: their members, the spans of the members' bytes, and which members form one
+sample.
 
-Nearly every header in a shard belongs to a plain file. ``tarfile`` takes seven times as long as the reader here for a
-sample of seven members (0.35 ms against 0.05, scripts/benchmarks/loader.py), so plain headers are parsed here and all
-other headers are left to ``tarfile``.
+Nearly every header in a shard belongs to a plain file. ``tarfile`` takes seven times as long as the
+reader here for a sample of seven members (0.35 ms against 0.05, scripts/benchmarks/loader.py), so
+plain headers are parsed here and all other headers are left to ``tarfile``.
 
-Does not cover compressed tars, whose readers know no bound, and writing. Imports neither torch nor webdataset.
+Does not cover compressed tars, whose readers know no bound, and writing. Imports neither torch nor
+webdataset.
 """
 
 import io
@@ -14,7 +16,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
@@ -24,7 +26,8 @@ MAX_PADDING = 1 << 20  # bytes of zeros after the last member; some tools pad th
 SIZES = "sizes.json"
 
 Value = TypeVar("Value")
-# As webdataset's base_plus_ext: the folder and everything up to the first dot of the file's name, then the rest.
+# As webdataset's base_plus_ext: the folder and everything up to the first dot of the file's name,
+# then the rest.
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)").fullmatch
 _METADATA = re.compile(r"__[^/]*__(?:$|/)").match
 
@@ -37,7 +40,8 @@ class Member(NamedTuple):
         header: offset of its first header.
         offset: offset of its bytes.
         size: number of its bytes.
-        is_file: False for links, devices and sparse files, which have no bytes of their own to read.
+        is_file: False for links, devices and sparse files, which have no bytes of their own to
+            read.
     """
 
     name: str
@@ -47,9 +51,10 @@ class Member(NamedTuple):
     is_file: bool
 
 
-# --- headers ----------------------------------------------------------------------------------------------------------
+# --- headers --------------------------------------------------------------------------------------
 def parse_plain_header(header: bytes) -> tuple[str, int] | None:
-    """``(name, size)`` of a plain file's ustar header; None for any header that tarfile has to parse."""
+    """``(name, size)`` of a plain file's ustar header; None for any header that tarfile has to
+    parse."""
     size, checksum = header[124:136].rstrip(b"\0 "), header[148:156].rstrip(b"\0 ")
     if header[156:157] != b"0" or header[257:262] != b"ustar" or header[345:346] != b"\0":
         return None  # not a plain file, or a name in two parts
@@ -59,7 +64,8 @@ def parse_plain_header(header: bytes) -> tuple[str, int] | None:
         or checksum.strip(b"01234567")
     ):
         return None
-    # The lower half of Adler-32 is the sum of all bytes. A header's checksum counts its own field as eight spaces.
+    # The lower half of Adler-32 is the sum of all bytes. A header's checksum counts its own field
+    # as eight spaces.
     if (zlib.adler32(header) & 0xFFFF) != (
         1 + int(checksum, 8) - 8 * 32 + sum(header[148:156])
     ) % 65521:
@@ -68,7 +74,8 @@ def parse_plain_header(header: bytes) -> tuple[str, int] | None:
 
 
 class _ForwardStream(io.RawIOBase):
-    """Gives a stream that can only be read a position, which can be set forward, or back to the last block read."""
+    """Gives a stream that can only be read a position, which can be set forward, or back to the
+    last block read."""
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.position, self.last, self.again = stream, 0, b"", b""
@@ -99,13 +106,14 @@ def read_headers(
     """Yield the members of an uncompressed tar, except folders. Only headers are read.
 
     Args:
-        file: open for reading. Between two members the caller may read the first one's bytes.
+        file: a binary file. Between two members the caller may read the first one's bytes.
         start: offset of the first header.
         end: where to stop; None: at the tar's end mark.
         whole: also require that only zeros follow the end mark.
 
     Raises:
-        tarfile.ReadError: the tar is damaged or cut off. The members before the damage were yielded.
+        tarfile.ReadError: the tar is damaged or cut off. The members before the damage were
+            yielded.
     """
     length, offset, tar = None, start, None
     if not isinstance(file, _ForwardStream):
@@ -125,10 +133,7 @@ def read_headers(
         else:
             file.seek(offset)
             try:
-                if (
-                    header[156:157] in b"LKxgX"
-                    and tarfile.nti(header[124:136]) > MAX_EXTENDED_HEADER
-                ):
+                if header[156:157] in b"LKxgX" and _parse_size(header) > MAX_EXTENDED_HEADER:
                     raise ValueError(f"its extension has over {MAX_EXTENDED_HEADER} bytes")
                 if tar is None:
                     tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (the caller closes the file)
@@ -143,7 +148,7 @@ def read_headers(
                 tarfile.HeaderError,
             ) as error:
                 raise tarfile.ReadError(f"no valid header at byte {offset}: {error}") from error
-            tar.members.clear()  # it keeps every header otherwise
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
             if info is None or info.size < 0:
                 raise tarfile.ReadError(f"no valid header at byte {offset}")
             is_file = info.isreg() and not info.issparse()
@@ -160,11 +165,15 @@ def read_headers(
         yield member
 
 
+def _parse_size(header: bytes) -> int:
+    return tarfile.nti(header[124:136])  # type: ignore[attr-defined]
+
+
 def _padded(size: int) -> int:
     return size + -size % BLOCK
 
 
-def _check_padding(file: BinaryIO, offset: int) -> None:
+def _check_padding(file: Any, offset: int) -> None:
     tail = file.read(MAX_PADDING + 1)
     if len(tail) > MAX_PADDING or tail.strip(b"\0"):
         raise tarfile.ReadError(
@@ -172,11 +181,13 @@ def _check_padding(file: BinaryIO, offset: int) -> None:
         )
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 def split_name(name: str) -> tuple[str, str] | None:
-    """A member's key and extension (lower case); None for names without both, which belong to no sample.
+    """A member's key and extension (lower case); None for names without both, which belong to no
+    sample.
 
-    The key ends at the first dot of the file's name: ``a/b.c.JPG`` is the key ``a/b`` and the extension ``c.jpg``.
+    The key ends at the first dot of the file's name: ``a/b.c.JPG`` is the key ``a/b`` and the
+    extension ``c.jpg``.
     """
     found = _KEY_AND_EXTENSION(name)
     if found is None or _METADATA(name):
@@ -187,16 +198,21 @@ def split_name(name: str) -> tuple[str, str] | None:
 def group_members(
     members: Iterable[tuple[str, Value | None]],
 ) -> Iterator[tuple[str, dict[str, Value]]]:
-    """Group members into samples as WebDataset does: neighbours that share a key, each extension once.
+    """Group members into samples as WebDataset does: neighbours that share a key, each extension
+    once.
 
     Args:
-        members: names, and what to keep of each member; None: nothing. A member that is not kept separates samples
-            like any other.
+        members: names, and what to keep of each member; None: nothing. A member that is not kept
+            separates samples like any other.
 
     Yields:
-        key and ``{extension: what to keep}``. Where ``members`` raises, the sample before it comes first.
+        key and ``{extension: what to keep}``. Where ``members`` raises, the sample before it comes
+        first.
     """
-    current, sample, seen, error = None, {}, set(), None
+    current: str | None = None
+    sample: dict[str, Value] = {}
+    seen: set[str] = set()
+    error: Exception | None = None
     members = iter(members)
     while True:
         try:
@@ -229,7 +245,8 @@ def read_samples(
 
     Args:
         stream: a file, or anything with ``read``.
-        wanted: which members to read, by extension. Others are skipped, as are those over ``MAX_MEMBER`` bytes.
+        wanted: which members to read, by extension. Others are skipped, as are those over
+            ``MAX_MEMBER`` bytes.
 
     Yields:
         key and ``{extension: bytes}``.
@@ -237,7 +254,7 @@ def read_samples(
     Raises:
         tarfile.ReadError: the tar is damaged or cut off. What could be read was yielded.
     """
-    file = stream if getattr(stream, "seekable", bool)() else _ForwardStream(stream)
+    file: Any = stream if getattr(stream, "seekable", bool)() else _ForwardStream(stream)
 
     def members() -> Iterator[tuple[str, bytes | None]]:
         for member in read_headers(file):
@@ -258,7 +275,8 @@ def read_samples(
 
 
 def sample_spans(file: BinaryIO) -> Iterator[tuple[str, dict[str, Member]]]:
-    """The samples of an uncompressed tar, as :func:`read_samples` reads them, without reading their bytes."""
+    """The samples of an uncompressed tar, as :func:`read_samples` reads them, without reading their
+    bytes."""
     members = (member for member in read_headers(file) if member.is_file)
     return group_members(
         (member.name, member if member.size <= MAX_MEMBER else None) for member in members
@@ -266,7 +284,8 @@ def sample_spans(file: BinaryIO) -> Iterator[tuple[str, dict[str, Member]]]:
 
 
 def read_sizes(folder: str) -> dict[str, int]:
-    """Samples in each shard of a folder, as its ``sizes.json`` has them; empty where there is no such file.
+    """Samples in each shard of a folder, as its ``sizes.json`` has them; empty where there is no
+    such file.
 
     Raises:
         ValueError: the file does not hold ``{shard's file name: number of samples}``.

@@ -1,14 +1,15 @@
-"""Reproducible augmentations: draw parameters once, store them, apply them again to the very same pixels.
+"""Reproducible augmentations: draw parameters once, store them, and apply them again exactly.
 
     compose = compose_from_config(config["reinforce"]["image_augmentation"])
-    tensor, params = compose(img)                    # draw and apply
+    tensor, params = compose(img)  # draw and apply
     stored = json.dumps(compose.compress(params))
     params = compose.decompress(json.loads(stored))
-    tensor, params = compose.reapply(img, params)    # the same tensor, bit for bit
+    tensor, params = compose.reapply(img, params)  # the same tensor, bit for bit
 
-Every operation is torchvision's, on PIL images up to ``to_tensor``. Random numbers come from torch's global generator,
-in the order in which torchvision draws them, so that one seed gives the same pixels here and there. Left out: batches,
-tensors as input, and augmentations whose parameters don't fit a short list (random fill values, for one).
+Every operation is torchvision's, on PIL images up to ``to_tensor``. Random numbers come from
+torch's global generator in the order in which torchvision draws them, so one seed gives the same
+pixels here and there. Does not cover batches, tensors as input, and augmentations whose parameters
+do not fit a short list, such as random fill values.
 """
 
 import dataclasses
@@ -22,22 +23,23 @@ from torchvision.transforms import InterpolationMode, RandomCrop, RandomErasing,
 from torchvision.transforms import functional as F
 
 
-def _translate(img, x, y, interpolation, fill):
+def _translate(img: Any, x: float, y: float, interpolation: Any, fill: Any) -> Any:
     return F.affine(
         img, 0.0, [int(x), int(y)], 1.0, [0.0, 0.0], interpolation=interpolation, fill=fill
     )
 
 
-def _shear(img, x, y, interpolation, fill):
+def _shear(img: Any, x: float, y: float, interpolation: Any, fill: Any) -> Any:
     degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
     return F.affine(
         img, 0.0, [0, 0], 1.0, degrees, interpolation=interpolation, fill=fill, center=[0, 0]
     )
 
 
-# RandAugment's operations (Cubuk et al., arXiv 1909.13719) as torchvision defines them; a stored ``op`` is an index
-# into this list. Each: name, whether the magnitude has a sign, its largest value (None: no magnitude; the two
-# translations are in pixels, as a fraction of the image's side), and the operation on (img, magnitude, mode, fill).
+# RandAugment's operations (Cubuk et al., arXiv 1909.13719) as torchvision defines them; a stored
+# ``op`` is an index into this list. Each entry: the name, whether the magnitude has a sign, its
+# largest value, and the operation on (img, magnitude, mode, fill). The largest value is None for an
+# operation without a magnitude; for translations it is a fraction of the image's side.
 _TRANSLATE = 150.0 / 331.0
 RAND_AUGMENT_OPS: list[tuple[str, bool, Any, Callable]] = [
     ("Identity", False, None, lambda img, m, mode, fill: img),
@@ -83,15 +85,17 @@ def _check_box(name: str, img: Image.Image, box: tuple[int, int, int, int]) -> N
     ):
         raise ValueError(
             f"{name}: box {list(box)} (top, left, height, width) is not inside the image of "
-            f"{img.height}x{img.width} pixels: these parameters belong to another image, or to one of another size"
+            f"{img.height}x{img.width} pixels: these parameters belong to another image, or to one "
+            "of another size"
         )
 
 
-# One class for each transform. The fields are torchvision's arguments with torchvision's defaults. ``apply`` does the
-# work; a random one also has ``draw(img) -> param`` and ``parse(stored) -> param``, where ``param`` is JSON-ready.
+# One class for each transform. Its fields are torchvision's arguments, with torchvision's defaults.
+# ``apply`` does the work. A random transform also has ``draw(img)``, which returns a JSON-ready
+# parameter, and ``parse(stored)``, which checks a stored parameter and returns it.
 @dataclasses.dataclass
 class ToRGB:
-    def apply(self, img, param=None):
+    def apply(self, img: Any, param: Any = None) -> Any:
         return img if img.mode == "RGB" else img.convert("RGB")
 
 
@@ -102,7 +106,7 @@ class Resize:
     max_size: int | None = None
     antialias: bool = True  # PIL always does
 
-    def apply(self, img, param=None):
+    def apply(self, img: Any, param: Any = None) -> Any:
         return F.resize(img, self.size, InterpolationMode(self.interpolation), self.max_size)
 
 
@@ -110,7 +114,7 @@ class Resize:
 class CenterCrop:
     size: Any
 
-    def apply(self, img, param=None):
+    def apply(self, img: Any, param: Any = None) -> Any:
         return F.center_crop(img, self.size)
 
 
@@ -122,10 +126,10 @@ class RandomCropBox:
     fill: Any = 0
     padding_mode: str = "constant"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.size = _pair(self.size)
 
-    def _pad(self, img):
+    def _pad(self, img: Any) -> Any:
         if self.padding is not None:
             img = F.pad(img, self.padding, self.fill, self.padding_mode)
         height, width = self.size
@@ -135,13 +139,13 @@ class RandomCropBox:
             img = F.pad(img, [0, height - img.height], self.fill, self.padding_mode)
         return img
 
-    def draw(self, img):
+    def draw(self, img: Any) -> Any:
         return tuple(RandomCrop.get_params(self._pad(img), self.size)[:2])
 
-    def parse(self, stored):
+    def parse(self, stored: Any) -> Any:
         return _integers("random_crop", stored, 2)
 
-    def apply(self, img, param):
+    def apply(self, img: Any, param: Any) -> Any:
         img = self._pad(img)
         _check_box("random_crop", img, (*param, *self.size))
         return F.crop(img, *param, *self.size)
@@ -155,16 +159,16 @@ class RandomResizedCropBox:
     interpolation: str = "bilinear"
     antialias: bool = True  # PIL always does
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.size = _pair(self.size)
 
-    def draw(self, img):
+    def draw(self, img: Any) -> Any:
         return tuple(RandomResizedCrop.get_params(img, list(self.scale), list(self.ratio)))
 
-    def parse(self, stored):
+    def parse(self, stored: Any) -> Any:
         return _integers("random_resized_crop", stored, 4)
 
-    def apply(self, img, param, size=None):
+    def apply(self, img: Any, param: Any, size: Any = None) -> Any:
         _check_box("random_resized_crop", img, param)
         size = self.size if size is None else _pair(size)
         return F.resized_crop(img, *param, list(size), InterpolationMode(self.interpolation))
@@ -174,15 +178,15 @@ class RandomResizedCropBox:
 class RandomHorizontalFlip:
     p: float = 0.5
 
-    def draw(self, img):
+    def draw(self, img: Any) -> Any:
         return bool(torch.rand(1) < self.p)
 
-    def parse(self, stored):
+    def parse(self, stored: Any) -> Any:
         if not isinstance(stored, bool):
             raise ValueError(f"random_horizontal_flip: expected true or false, found {stored!r}")
         return stored
 
-    def apply(self, img, param):
+    def apply(self, img: Any, param: Any) -> Any:
         return F.hflip(img) if param else img
 
 
@@ -195,7 +199,7 @@ class RandAugment:
     fill: Any = None
     p: float = 1.0
 
-    def _magnitude(self, op: int, img) -> float:
+    def _magnitude(self, op: int, img: Any) -> float:
         """The unsigned magnitude of an operation, in the float32 steps of torchvision's tables."""
         name, _, largest, _ = RAND_AUGMENT_OPS[op]
         bins = self.num_magnitude_bins
@@ -211,7 +215,7 @@ class RandAugment:
             largest = largest * (img.width if name == "TranslateX" else img.height)
         return float(torch.linspace(0.0, largest, bins)[self.magnitude])
 
-    def draw(self, img):
+    def draw(self, img: Any) -> Any:
         if self.p < 1.0 and torch.rand(1) >= self.p:
             return None
         drawn = []
@@ -223,7 +227,7 @@ class RandAugment:
             drawn.append((op, magnitude))
         return tuple(drawn)
 
-    def parse(self, stored):
+    def parse(self, stored: Any) -> Any:
         if stored is None:
             return None
         last = len(RAND_AUGMENT_OPS) - 1
@@ -238,11 +242,12 @@ class RandAugment:
         ):
             found = str(stored)[:200]
             raise ValueError(
-                f"rand_augment: expected {self.num_ops} pairs [op 0…{last}, magnitude] or null, found {found}"
+                f"rand_augment: expected {self.num_ops} pairs [op 0…{last}, magnitude] or null, "
+                f"found {found}"
             )
         return tuple((op, float(magnitude)) for op, magnitude in stored)
 
-    def apply(self, img, param):
+    def apply(self, img: Any, param: Any) -> Any:
         mode = InterpolationMode(self.interpolation)
         for op, magnitude in param or ():
             img = RAND_AUGMENT_OPS[op][3](img, magnitude, mode, self.fill)
@@ -251,7 +256,7 @@ class RandAugment:
 
 @dataclasses.dataclass
 class ToTensor:
-    def apply(self, img, param=None):
+    def apply(self, img: Any, param: Any = None) -> Any:
         return F.to_tensor(img)
 
 
@@ -263,15 +268,16 @@ class RandomEraseBox:
     value: Any = 0
     inplace: bool = False  # of no use here: the tensor is ours
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.value, str):
             raise ValueError(
-                f"random_erase: value {self.value!r} can't be applied again; use a number or one a channel"
+                f"random_erase: value {self.value!r} can't be applied again; expected a number, "
+                "or one for each channel"
             )
         values = self.value if isinstance(self.value, Sequence) else [self.value]
         self.value = [float(v) for v in values]
 
-    def draw(self, img):
+    def draw(self, img: Any) -> Any:
         if torch.rand(1) >= self.p:
             return None
         top, left, height, width, fill = RandomErasing.get_params(
@@ -281,10 +287,10 @@ class RandomEraseBox:
             None if fill is img else (top, left, height, width)
         )  # torchvision found no box that fits
 
-    def parse(self, stored):
+    def parse(self, stored: Any) -> Any:
         return None if stored is None else _integers("random_erase", stored, 4)
 
-    def apply(self, img, param):
+    def apply(self, img: Any, param: Any) -> Any:
         return (
             img if param is None else F.erase(img, *param, torch.tensor(self.value)[:, None, None])
         )
@@ -296,7 +302,7 @@ class Normalize:
     std: Sequence[float]
     inplace: bool = False
 
-    def apply(self, img, param=None):
+    def apply(self, img: Any, param: Any = None) -> Any:
         return F.normalize(img, list(self.mean), list(self.std))
 
 
@@ -326,7 +332,8 @@ _ON_TENSORS = ("random_erase", "normalize")
 
 
 class Compose:
-    """A fixed sequence of transforms, some of them random, whose parameters can be stored and applied again.
+    """A fixed sequence of transforms, some of them random, whose parameters can be stored and
+    applied again.
 
     ``params`` is a dict from the name of each random transform to what it drew.
     """
@@ -335,14 +342,15 @@ class Compose:
         self.transforms = transforms
         self.random = [name for name, transform in transforms.items() if hasattr(transform, "draw")]
 
-    def __call__(self, img: Image.Image) -> tuple[torch.Tensor, dict]:
+    def __call__(self, img: Image.Image) -> tuple[Any, dict]:
         """Draw new parameters and apply them.
 
         Args:
             img: PIL image.
 
         Returns:
-            float32 ``[3, H, W]`` (a PIL image where the config has no ``to_tensor``), and the parameters.
+            float32 ``[3, H, W]`` (a PIL image where the config has no ``to_tensor``), and the
+            parameters.
         """
         params = {}
         for name, transform in self.transforms.items():
@@ -351,15 +359,14 @@ class Compose:
             img = transform.apply(img, params.get(name))
         return img, params
 
-    def reapply(
-        self, img: Image.Image, params: dict, size: Any = None
-    ) -> tuple[torch.Tensor, dict]:
+    def reapply(self, img: Image.Image, params: dict, size: Any = None) -> tuple[Any, dict]:
         """Apply given parameters.
 
         Args:
             img: PIL image.
             params: as returned by ``__call__`` or ``decompress``.
-            size: output size of the random resized crop, in place of the config's: pixels, or (height, width).
+            size: output size of the random resized crop, in place of the config's: pixels, or
+                (height, width).
 
         Returns:
             As ``__call__``.
@@ -379,14 +386,16 @@ class Compose:
         return img, params
 
     def compress(self, params: dict) -> list:
-        """Parameters as a JSON-ready list: one entry for each random transform, in the order of ``TRANSFORMS``."""
+        """Parameters as a JSON-ready list: one entry for each random transform, in the order of
+        ``TRANSFORMS``."""
         return [_as_lists(params[name]) for name in self.random]
 
     def decompress(self, compressed: list) -> dict:
         """The inverse of ``compress``, also on what ``json.loads`` returns.
 
         Raises:
-            ValueError: an entry that is not what its transform stores, or too few or too many of them.
+            ValueError: an entry that is not what its transform stores, or too few or too many of
+                them.
         """
         if not isinstance(compressed, Sequence) or len(compressed) != len(self.random):
             raise ValueError(
@@ -399,11 +408,12 @@ class Compose:
 
 
 def split_for_device(compose: Compose) -> tuple[Compose, torch.Tensor]:
-    """Leave the last steps, ``to_tensor`` and ``normalize``, to :func:`to_normalized`, on the device and for a batch.
+    """Split off the last steps, which :func:`to_normalized` does for a whole batch on the device.
 
     Returns:
-        A Compose that ends with a PIL image (a tensor where it erases, which is done on one), and mean and standard
-        deviation, float32 ``[2, 3]``. The two together give what ``compose`` gives, bit for bit on a CPU.
+        A Compose that ends with a PIL image (with a tensor if it erases), and mean and standard
+        deviation, float32 ``[2, 3]``. Both together give what ``compose`` gives, bit for bit on a
+        CPU.
     """
     normalize = compose.transforms["normalize"]
     late = ("normalize",) if "random_erase" in compose.transforms else ("to_tensor", "normalize")
@@ -435,8 +445,9 @@ def compose_from_config(config: dict) -> Compose:
     """Build the augmentation of an ``image_augmentation`` config.
 
     Args:
-        config: ``{transform name: {"enable": bool, argument: value, …}}``; names are those of ``TRANSFORMS``,
-            arguments and their defaults torchvision's. ``"enable": false`` removes a transform.
+        config: ``{transform name: {"enable": bool, argument: value, …}}``; names are those of
+            ``TRANSFORMS``, arguments and their defaults torchvision's. ``"enable": false`` removes
+            a transform.
 
     Raises:
         ValueError: a name or an argument that does not exist, or a combination that can't run.
@@ -457,7 +468,8 @@ def compose_from_config(config: dict) -> Compose:
         wrong = [argument for argument in arguments if argument not in fields]
         if wrong:
             raise ValueError(
-                f"{name}: unknown argument {', '.join(wrong)}; known are {', '.join(fields) or 'none'}"
+                f"{name}: unknown argument {', '.join(wrong)}; "
+                f"known are {', '.join(fields) or 'none'}"
             )
         try:
             transforms[name] = transform(**arguments)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import open_clip
 import torch
+from training.dr.batch import Batch
 from training.dr.loss import create_loss
 from training.dr.params import register_model
 from training.params import parse_args
@@ -65,8 +66,10 @@ def gradients(model_config, options, captions, parts):
         torch.randn(BATCH, captions, WIDTH),
     )
     statistics = torch.tensor([[0.0] * 3, [1.0] * 3])  # what images are normalised with
+    chunks = zip(*(tensor.chunk(parts) for tensor in whole), strict=True)
     loader = Loader(
-        zip(*(tensor.chunk(parts) for tensor in whole), [statistics] * parts, strict=True)
+        Batch(images, texts, [], image_emb, text_emb, statistics)
+        for images, texts, image_emb, text_emb in chunks
     )
     data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

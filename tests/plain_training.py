@@ -46,7 +46,7 @@ preprocess = main.create_model_and_transforms("tiny_vit")[1]
 tokenizer = main.get_tokenizer("tiny_vit")
 main.random_seed(3)
 loader = data.get_wds_dataset(args, preprocess, True, tokenizer=tokenizer).dataloader
-batches = [digest(batch) for batch in loader]
+batches = [digest([batch[0], batch[1].squeeze(1)]) for batch in loader]
 
 logging.getLogger().addHandler(Losses())
 main.main([*options, "--logs", logs, "--name", "run"])

@@ -1,4 +1,4 @@
-"""Run by test_sampling_runs.py and coverage.py under torchrun, with a patched tree on PYTHONPATH: the trainer itself,
+"""Run by test_sampling_runs.py and sampling_coverage.py under torchrun, with a patched tree on PYTHONPATH: the trainer itself,
 writing down what it trains on.
 
     torchrun … recorded_training.py RUNS.json
@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 
+import open_clip
 import torch
 import torch.distributed as dist
 from training import main, train
@@ -29,13 +30,18 @@ from training.dr import checkpoint
 rank = int(os.environ.get("RANK", 0))
 
 
-def tokenizer(texts):
-    """ "caption t of s" -> [t, s, …, the end's token]"""
-    tokens = torch.zeros(len(texts), 16, dtype=torch.long)
-    tokens[:, -1] = 49407
-    for row, text in zip(tokens, texts, strict=True):
-        row[0], row[1] = (int(word) for word in text.split()[1::2])
-    return tokens
+def make_tokenizer(model):
+    """ "caption t of s" -> [t, s, …, the end's token], the largest of the model's vocabulary."""
+    end = open_clip.get_model_config(model)["text_cfg"]["vocab_size"] - 1
+
+    def tokenizer(texts):
+        tokens = torch.zeros(len(texts), 16, dtype=torch.long)
+        tokens[:, -1] = end
+        for row, text in zip(tokens, texts, strict=True):
+            row[0], row[1] = (int(word) for word in text.split()[1::2])
+        return tokens
+
+    return tokenizer
 
 
 def record(run):
@@ -110,7 +116,7 @@ original = {
     "fsync": os.fsync,
 }
 torch.set_num_threads(1)
-main.get_tokenizer = lambda model: tokenizer
+main.get_tokenizer = make_tokenizer
 assert checkpoint.os is os
 with open(sys.argv[1]) as file:
     runs = json.load(file)

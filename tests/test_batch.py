@@ -3,7 +3,7 @@
 import torch
 from torchvision.transforms import functional as F
 
-from dr.batch import add_teacher, share_of_gradient, unpack_batch
+from dr.batch import Batch, add_teacher, share_of_gradient, unpack_batch
 
 STATISTICS = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])
 
@@ -15,13 +15,16 @@ def reinforced_batch(size=5, captions=2):
         + torch.arange(captions)[None, :, None]
         + torch.zeros(1, 1, 7, dtype=int)
     )
-    return images, texts, torch.rand(size, 4), torch.rand(size, captions, 4), STATISTICS
+    uids = [str(number) for number in range(size)]
+    return Batch(
+        images, texts, uids, torch.rand(size, 4), torch.rand(size, captions, 4), STATISTICS
+    )
 
 
 def test_texts_become_one_batch_originals_first_and_are_split_again():
     batch = reinforced_batch()
     images, texts, teacher = unpack_batch(batch, torch.device("cpu"))
-    pixels = torch.stack([F.to_tensor(image.numpy()) for image in batch[0]])
+    pixels = torch.stack([F.to_tensor(image.numpy()) for image in batch.images])
     assert torch.equal(images, F.normalize(pixels, *STATISTICS.tolist()))
     assert texts[:, 0].tolist() == [0, 10, 20, 30, 40, 1, 11, 21, 31, 41]
     out = add_teacher(
@@ -30,21 +33,23 @@ def test_texts_become_one_batch_originals_first_and_are_split_again():
     )
     assert out["text_features"][:, 0].tolist() == [0, 10, 20, 30, 40]
     assert out["syn_text_features"][:, 0].tolist() == [1, 11, 21, 31, 41]
-    assert torch.equal(out["dist_image_features"], batch[2])
-    assert torch.equal(out["dist_text_features"], batch[3][:, 0])
-    assert torch.equal(out["dist_syn_text_features"], batch[3][:, 1])
+    assert torch.equal(out["dist_image_features"], batch.image_emb)
+    assert torch.equal(out["dist_text_features"], batch.text_emb[:, 0])
+    assert torch.equal(out["dist_syn_text_features"], batch.text_emb[:, 1])
 
 
 def test_with_one_caption_there_is_no_second_term():
     batch = reinforced_batch(captions=1)
     _, texts, teacher = unpack_batch(batch, torch.device("cpu"))
-    assert torch.equal(texts, batch[1][:, 0])
+    assert torch.equal(texts, batch.texts[:, 0])
     out = add_teacher({"text_features": texts}, teacher)
     assert set(out) == {"text_features", "dist_image_features", "dist_text_features"}
 
 
 def test_a_plain_batch_and_its_output_stay_what_they_are():
     images, texts = reinforced_batch()[:2]
+    found = unpack_batch(Batch(images, texts[:, :1], []), torch.device("cpu"))
+    assert found[0] is images and torch.equal(found[1], texts[:, 0]) and found[2] == {}
     assert unpack_batch((images, texts), torch.device("cpu")) == (images, texts, {})
     out = {"text_features": texts, "logits": images}
     assert add_teacher(out, {}) == out

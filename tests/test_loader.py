@@ -24,8 +24,8 @@ from shards import (
 from torchvision import transforms as T
 
 from dr import checkpoint
-from dr.loader import PassLoader
-from dr.sampling import Order
+from dr.pipeline import make_pass_loader
+from dr.sampling import ShardOrder
 
 PREPROCESS = T.Compose(
     [
@@ -68,17 +68,20 @@ def data(tmp_path_factory):
 
 
 def loader(data, tmp_path, **changes):
-    return PassLoader(options(tmp_path, **changes), PREPROCESS, tokenizer, shards(data))
+    made = make_pass_loader(options(tmp_path, **changes), PREPROCESS, tokenizer, shards(data))
+    if changes.get("resume"):
+        made.load_state_dict(checkpoint.load(changes["resume"])["dr"])
+    return made
+
+
+def digest(tensors):
+    data = (t.contiguous().numpy().tobytes() for t in tensors if isinstance(t, torch.Tensor))
+    return hashlib.sha256(b"".join(data)).hexdigest()
 
 
 def digests(batches):
     """Of whatever a batch holds, the order of the batches included."""
-    return [
-        hashlib.sha256(
-            b"".join(tensor.contiguous().numpy().tobytes() for tensor in batch)
-        ).hexdigest()
-        for batch in batches
-    ]
+    return [digest(batch) for batch in batches]
 
 
 FIRST_HUNDRED = """
@@ -115,14 +118,15 @@ def test_what_a_sample_is_in_a_pass_depends_on_no_rank_or_worker(data, tmp_path)
                 "workers": workers,
                 "batch_size": batch_size,
             }
-            for images, texts, image_emb, _, _ in loader(
+            for images, texts, uids, image_emb, *_ in loader(
                 data, tmp_path, train_num_samples=126, **given
             ):
+                assert uids == [uid(sample) for sample in texts[:, 0, 1].tolist()]
                 for image, text, row in zip(images, texts, image_emb[:, 0].tolist(), strict=True):
                     sample = text[0, 1].item()
                     found.setdefault(sample, {})[round((row - sample) * 64)] = (
                         text[1, 0].item(),
-                        digests([[image]])[0],
+                        digest([image]),
                     )
         return found
 
@@ -167,10 +171,12 @@ def test_plain_training_sees_each_sample_once_a_pass_and_leaves_the_trainers_gen
     found = list(batches)
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
     assert before[2] == np.random.get_state()[1].tolist()
-    assert all(images.shape == (8, 3, 24, 24) and texts.shape == (8, 2) for images, texts in found)
-    samples = torch.cat([texts[:, 1] for _, texts in found]).tolist()
+    assert all(
+        batch.images.shape == (8, 3, 24, 24) and batch.texts.shape == (8, 1, 2) for batch in found
+    )
+    samples = torch.cat([batch.texts[:, 0, 1] for batch in found]).tolist()
     assert sorted(samples[:40]) == sorted(samples[40:]) == list(range(40))
-    images = torch.cat([images for images, _ in found])
+    images = torch.cat([batch.images for batch in found])
     first, second = (images[torch.tensor(samples[at : at + 40]).argsort() + at] for at in (0, 40))
     assert (first != second).flatten(1).any(1).all()  # other crops in the second pass
     again = loader(
@@ -211,7 +217,7 @@ def test_another_width_than_the_options_say_stops_the_run(data, tmp_path):
 def test_shards_without_a_sample_are_refused(tmp_path):
     write_shard(tmp_path / "data" / "0.tar", [])
     with pytest.raises(SystemExit, match="error: no sample in 1 shards of --train-data data"):
-        loader(tmp_path / "data", tmp_path)
+        _ = loader(tmp_path / "data", tmp_path).num_batches
 
 
 def test_sizes_json_is_believed_and_what_is_not_there_is_skipped(tmp_path):
@@ -220,7 +226,7 @@ def test_sizes_json_is_believed_and_what_is_not_there_is_skipped(tmp_path):
     batches = loader(tmp_path / "data", tmp_path, batch_size=4, train_num_samples=20)
     assert batches.sizes == [14, 10]
     assert len(list(batches)) == 5
-    places = [Order(0, 0, [14, 10]).locate(position) for position in range(24)]
+    places = [ShardOrder(0, 0, [14, 10]).locate(position) for position in range(24)]
     assert sum(shard == 0 and place >= 10 for shard, place in places) == 4
     assert set(batches.skipped) <= {"not in its shard"} and batches.skipped.total() <= 4
     assert batches.read == 20 + batches.skipped.total()
@@ -228,16 +234,12 @@ def test_sizes_json_is_believed_and_what_is_not_there_is_skipped(tmp_path):
 
 # --- resumed ----------------------------------------------------------------------------------------------------------
 def saved(tmp_path, batches, step, **changes):
-    """A checkpoint with what a rank's loader says, as Checkpoints writes it."""
-    content = {
-        "step": step,
-        "steps_in_epoch": batches.num_batches,
-        "ranks": [{"read": batches.read, "skipped": dict(batches.skipped)}],
-        "sampling": {**batches.sampling(list(batches.cursors)), **changes},
-    }
+    """A checkpoint with the loader's state, as ``run.Run`` writes it."""
+    state = batches.state_dict()
+    assert state["step"] == batches.position
+    content = {**state, "step": step, "sampling": {**state["sampling"], **changes}}
     path = tmp_path / f"epoch_0_step_{step}.pt"
     checkpoint.save({"epoch": 0, "dr": content}, str(path))
-    checkpoint._resumed.cache_clear()
     return str(path)
 
 
@@ -274,7 +276,7 @@ def test_another_seed_other_shards_or_other_sizes_are_refused_and_told(data, tmp
     (data / "sizes.json").write_text('{"00000001.tar": 22}')
     try:
         with pytest.raises(
-            SystemExit, match=r"00000001.tar had 21 samples when .* sizes.json says 22 now"
+            SystemExit, match=r"00000001.tar had 21 samples when .* sizes.json has 22 now"
         ):
             loader(data, tmp_path, resume=saved(tmp_path, part, 2))
     finally:
@@ -286,9 +288,9 @@ def test_a_shard_that_has_vanished_does_not_keep_a_run_from_being_resumed(tmp_pa
     part = loader(tmp_path / "data", tmp_path)
     path, names = saved(tmp_path, part, 0), shards(tmp_path / "data")
     os.remove(names[0])
-    resumed = PassLoader(
-        options(tmp_path, resume=path, train_num_samples=10), PREPROCESS, tokenizer, names
-    )
+    args = options(tmp_path, resume=path, train_num_samples=10)
+    resumed = make_pass_loader(args, PREPROCESS, tokenizer, names)
+    resumed.load_state_dict(checkpoint.load(path)["dr"])
     assert resumed.sizes == [10, 10] and len(list(resumed)) == 2
 
 

@@ -14,6 +14,7 @@ from shards import AUGMENTATION, encode, picture, reinforced_sample, stored_embe
 
 from dr import sample as reinforcement
 from dr.sample import BadSample, decode_image, draw
+from dr.sampling import RandomChoice
 from dr.transforms import compose_from_config
 
 COMPOSE = compose_from_config(AUGMENTATION)
@@ -27,7 +28,8 @@ def test_the_embeddings_are_those_of_the_drawn_augmentation_and_captions(bf16, a
     stored = json.loads(stored) if as_string else stored
     seen = set()
     for seed in range(60):
-        drawn = draw(sample, COMPOSE, random.Random(seed))
+        random.seed(seed)
+        drawn = draw(sample, COMPOSE, RandomChoice())
         augmentation = stored.index(COMPOSE.compress(drawn["params"]))
         original, synthetic = (int(text.split()[1]) for text in drawn["captions"])
         assert original == 0 and synthetic > 0
@@ -48,8 +50,8 @@ def test_the_embeddings_are_those_of_the_drawn_augmentation_and_captions(bf16, a
 def test_mixing_draws_one_caption_with_the_given_probability():
     sample = reinforced_sample(3)
     for ratio, low, high in ((0.0, 0, 0), (1.0, 400, 400), (0.25, 70, 130)):
-        rng = random.Random(0)
-        drawn = [draw(sample, COMPOSE, rng, mix_ratio=ratio) for _ in range(400)]
+        random.seed(0)
+        drawn = [draw(sample, COMPOSE, RandomChoice(), mix_ratio=ratio) for _ in range(400)]
         for one in drawn:
             (text,) = one["captions"]
             assert torch.equal(one["text_emb"], torch.full((1, 12), -3 - int(text.split()[1]) / 64))
@@ -135,7 +137,7 @@ BROKEN = {
 @pytest.mark.parametrize(("sample", "message"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_sample_is_told_from_others_by_its_reason(sample, message):
     with pytest.raises(BadSample, match=message) as raised:
-        draw(sample, COMPOSE, random.Random(0), width=12)
+        draw(sample, COMPOSE, RandomChoice(), width=12)
     assert str(raised.value).startswith(raised.value.reason)
     assert not any(
         digit in raised.value.reason for digit in "0123456789"
@@ -175,7 +177,7 @@ def test_a_planted_pickle_is_not_run(where, tmp_path):
             )
         members = {"npz": None, "pth_gz": gzip.compress(stream.getvalue())}
     with pytest.raises(BadSample, match="unreadable"):
-        draw(broken(**members), COMPOSE, random.Random(0))
+        draw(broken(**members), COMPOSE, RandomChoice())
     assert not path.exists()
 
 
@@ -184,7 +186,7 @@ def test_a_stored_tensor_that_asks_for_gradients_gets_none():
     drawn = draw(
         broken(npz=None, pth_gz=pth_gz(torch.zeros(4, 12, requires_grad=True))),
         COMPOSE,
-        random.Random(0),
+        RandomChoice(),
     )
     assert not drawn["image_emb"].requires_grad
 

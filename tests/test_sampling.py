@@ -10,15 +10,14 @@ from shards import AUGMENTATION, reinforced_sample
 from dr import sampling
 from dr.sample import draw
 from dr.sampling import (
-    Order,
-    coin,
-    cut,
-    former_layouts,
-    length,
-    part,
-    pieces_of,
-    positions,
-    turn_of,
+    ScheduledChoice,
+    ShardOrder,
+    count_positions,
+    iterate_positions,
+    layouts_to_keep,
+    pieces_of_stream,
+    slice_pieces,
+    split_evenly,
 )
 from dr.transforms import compose_from_config
 
@@ -28,7 +27,7 @@ from dr.transforms import compose_from_config
 def test_parts_are_whole_and_over_all_passes_nobody_gets_more_than_one_more(total, streams):
     sums = [0] * streams
     for pass_ in range(50):
-        parts = [part(total, streams, stream, pass_) for stream in range(streams)]
+        parts = [split_evenly(total, streams, stream, pass_) for stream in range(streams)]
         assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])] and parts[
             -1
         ][1] == total
@@ -41,14 +40,14 @@ def take(seed, total, layouts):
 
     Each layout is (streams, a function that says how many each takes), the run goes on from the cursors of the last.
     """
-    taken, former, cursors = Counter(), [], None
+    taken, previous, cursors = Counter(), [], None
     for streams, how_many in layouts:
         if cursors is None or len(cursors) != streams:
-            former = [*former_layouts(former, cursors), cursors] if cursors else []
+            previous = [*layouts_to_keep(previous, cursors), cursors] if cursors else []
             cursors = [(min(cursors)[0] if cursors else 0, 0)] * streams
         for stream, cursor in enumerate(cursors):
             for pass_, position, after in itertools.islice(
-                positions(seed, total, former, streams, stream, cursor), how_many()
+                iterate_positions(seed, total, previous, streams, stream, cursor), how_many()
             ):
                 taken[pass_, position] += 1
                 cursors[stream] = after
@@ -73,14 +72,17 @@ def test_no_position_comes_twice_in_a_pass_or_is_lost_on_any_chain_of_layouts(se
 
 
 def test_passes_that_all_streams_have_left_need_no_history():
-    assert former_layouts([[(0, 3), (1, 2)]], [(1, 9), (2, 0)]) == [[(0, 3), (1, 2)]]
-    assert former_layouts([[(0, 3), (1, 2)]], [(2, 0), (2, 0)]) == []
+    assert layouts_to_keep([[(0, 3), (1, 2)]], [(1, 9), (2, 0)]) == [[(0, 3), (1, 2)]]
+    assert layouts_to_keep([[(0, 3), (1, 2)]], [(2, 0), (2, 0)]) == []
 
 
 def test_a_pass_over_a_billion_samples_is_a_few_windows_for_a_stream():
-    pieces = pieces_of(1_280_000_000, [], 3, 512, 511)
-    assert length(pieces) == 2_500_000 and len(pieces) == 500
-    assert next(positions(0, 1_280_000_000, [], 512, 511, (3, 2_499_999)))[2] == (3, 2_500_000)
+    pieces = pieces_of_stream(1_280_000_000, [], 3, 512, 511)
+    assert count_positions(pieces) == 2_500_000 and len(pieces) == 500
+    assert next(iterate_positions(0, 1_280_000_000, [], 512, 511, (3, 2_499_999)))[2] == (
+        3,
+        2_500_000,
+    )
 
 
 def test_cutting_pieces_equals_cutting_what_they_stand_for():
@@ -89,7 +91,7 @@ def test_cutting_pieces_equals_cutting_what_they_stand_for():
     for start, stop in itertools.combinations(range(18), 2):
         found = [
             (first, at)
-            for first, _, low, high in cut(pieces, start, stop)
+            for first, _, low, high in slice_pieces(pieces, start, stop)
             for at in range(low, high)
         ]
         assert found == whole[start:stop]
@@ -99,7 +101,7 @@ def test_shards_and_windows_are_shuffled_by_seed_and_pass():
     sizes = [3, 0, 5, 1]
     orders = {}
     for seed, pass_ in itertools.product(range(2), range(12)):
-        order = Order(seed, pass_, sizes)
+        order = ShardOrder(seed, pass_, sizes)
         located = [order.locate(position) for position in range(9)]
         assert sorted(located) == [
             (shard, place) for shard, size in enumerate(sizes) for place in range(size)
@@ -109,7 +111,9 @@ def test_shards_and_windows_are_shuffled_by_seed_and_pass():
         ]  # a shard's samples stand together
         orders[seed, pass_] = [
             position
-            for _, position, _ in itertools.islice(positions(seed, 9, [], 1, 0, (pass_, 0)), 9)
+            for _, position, _ in itertools.islice(
+                iterate_positions(seed, 9, [], 1, 0, (pass_, 0)), 9
+            )
         ]
         assert sorted(orders[seed, pass_]) == list(range(9))
     assert len(set(map(tuple, orders.values()))) > 20
@@ -120,9 +124,9 @@ def test_over_thirty_passes_each_augmentation_comes_once_and_over_five_each_capt
     compose = compose_from_config(AUGMENTATION)
     augmentations, captions = [], []
     for pass_ in range(60):
-        drawn = draw(sample, compose, (0, pass_))
+        drawn = draw(sample, compose, ScheduledChoice(0, pass_))
         assert (
-            draw(sample, compose, (0, pass_))["captions"] == drawn["captions"]
+            draw(sample, compose, ScheduledChoice(0, pass_))["captions"] == drawn["captions"]
         )  # nothing but seed, pass and key decide
         augmentations.append(round((drawn["image_emb"][0].item() - 7) * 64))
         captions.append(int(drawn["captions"][1].split()[1]))
@@ -134,21 +138,26 @@ def test_over_thirty_passes_each_augmentation_comes_once_and_over_five_each_capt
         augmentations[:30]
     )
     others = [
-        draw({**sample, "__key__": "other"}, compose, (0, pass_))["captions"] for pass_ in range(30)
+        draw({**sample, "__key__": "other"}, compose, ScheduledChoice(0, pass_))["captions"]
+        for pass_ in range(30)
     ]
     assert [int(texts[1].split()[1]) for texts in others] != captions[:30]
 
 
+def mix(pass_, key):
+    return ScheduledChoice(0, pass_).generator(key, "mix").random()
+
+
 def test_mixing_takes_the_synthetic_caption_with_its_probability_in_each_pass():
-    synthetic = sum(
-        coin(0, pass_, f"{key}", "mix") < 0.25 for pass_ in range(40) for key in range(50)
-    )
+    synthetic = sum(mix(pass_, f"{key}") < 0.25 for pass_ in range(40) for key in range(50))
     assert 420 <= synthetic <= 580
     sample = {**reinforced_sample(7), "__key__": "key"}
     compose = compose_from_config(AUGMENTATION)
     for pass_ in range(20):
-        (text,) = draw(sample, compose, (0, pass_), mix_ratio=0.25)["captions"]
+        (text,) = draw(sample, compose, ScheduledChoice(0, pass_), mix_ratio=0.25)["captions"]
         which = (
-            1 + turn_of(0, pass_, "key", "caption", 3) if coin(0, pass_, "key", "mix") < 0.25 else 0
+            1 + ScheduledChoice(0, pass_).choose("key", "caption", 3)
+            if mix(pass_, "key") < 0.25
+            else 0
         )
         assert text == f"caption {which} of 7"

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from collections import Counter
 import pytest
 import torch
 from conftest import ROOT, environment, run
-from coverage import (
+from PIL import Image
+from sampling_coverage import (
     AUGMENTATIONS,
     LAYOUTS,
     command,
@@ -29,7 +31,6 @@ from coverage import (
     write_config,
     write_shards,
 )
-from PIL import Image
 from shards import (
     AUGMENTATION,
     encode,
@@ -49,6 +50,9 @@ SHARDS, SAMPLES = 4, 24
 STEPS, EPOCHS = 4, 3  # of the runs that are killed
 KEPT = {"save_every_n_steps": 2, "accum_freq": 2, "epochs": EPOCHS, "train_num_samples": 128}
 KEPT["force_patch_dropout"] = 0.5  # draws from the trainer's generators
+DATA = ROOT / "tests" / "data"
+# Of the run that wrote epoch_1_step_2_of_c52868e.pt, with that version of the recipe.
+EARLIER = {"model": DATA / "micro_vit.json", "save_every_n_steps": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,6 +94,13 @@ def on_two_ranks(tree, config, shards, damaged, tmp_path_factory):
     ]
     undisturbed = options(shards, config, folder / "undisturbed", **KEPT)
     runs.append({"record": folder / "undisturbed" / "record", "options": undisturbed})
+    # A run of an earlier version, and what it would have become.
+    for name in ("earlier", "earlier_undisturbed"):
+        given = options(shards, config, folder / name, resume="latest", **EARLIER)
+        runs.append({"record": folder / name / "record", "options": given})
+    checkpoints = folder / "earlier" / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    shutil.copy(DATA / "epoch_1_step_2_of_c52868e.pt", checkpoints / "epoch_1_step_2.pt")
     imperfect = {
         "train_num_samples": 160,
         "epochs": 4,
@@ -183,6 +194,16 @@ def test_a_run_killed_anywhere_goes_on_as_if_nothing_had_been(
         assert resumed[at][-1] == pytest.approx(losses, rel=1e-6)
 
 
+def test_a_run_that_an_earlier_version_started_goes_on_at_the_next_batch(on_two_ranks):
+    assert resumed_from(on_two_ranks / "earlier") == ["epoch_1_step_2"]
+    whole = curve(recorded(on_two_ranks / "earlier_undisturbed" / "record"))
+    resumed = curve(recorded(on_two_ranks / "earlier" / "record"))
+    assert resumed.keys() == {at for at in whole if at[1] >= 6} and len(resumed) == 2 * 2
+    for at, (*data, losses) in resumed.items():
+        assert whole[at][:-1] == tuple(data)
+        assert losses == pytest.approx(whole[at][-1], rel=1e-5)
+
+
 def test_on_another_number_of_ranks_no_sample_of_a_pass_is_repeated_or_lost(
     tree, config, shards, tmp_path
 ):
@@ -231,7 +252,7 @@ def test_on_another_number_of_ranks_no_sample_of_a_pass_is_repeated_or_lost(
     assert last["layout"] == [2, 1]
     log = (tmp_path / "run" / "out.log").read_text()
     assert (
-        "dealt anew: to 3 ranks x 2 workers, after 2 x 1" in log
+        "redistributed: to 3 ranks x 2 workers, after 2 x 1" in log
         and "to 2 ranks x 1 workers, after 3 x 2" in log
     )
     count = seen(recorded(*folders))
@@ -269,9 +290,29 @@ def test_resampled_a_step_checkpoint_resumes_the_step(tree, config, damaged, tmp
     assert len(recorded(*folders)) == 24  # 3 epochs of 64 / 8
     skipped = reported((tmp_path / "run" / "out.log").read_text())
     assert len(skipped) > 2
-    assert {reason for reason in skipped if not reason.startswith("lacks ")} <= set(
-        filter(None, KINDS.values())
-    )
+    known = {"shard that can't be read", *filter(None, KINDS.values())}
+    assert {reason for reason in skipped if not reason.startswith("lacks ")} <= known
+
+
+# --- a loss that is not finite --------------------------------------------------------------------
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_samples(
+    tree, config, shards, tmp_path
+):
+    changes = {"lr": "1e30", "warmup": 0, "save_every_n_steps": 1, "keep_last_k": 9}
+    given = options(shards, config, tmp_path, **changes)
+    done = train(tree, 2, [{"record": tmp_path / "record", "options": given}], tmp_path)
+    assert done.returncode != 0
+    batches = recorded(tmp_path / "record")
+    for rank in (0, 1):
+        steps = json.loads((tmp_path / "run" / f"not_finite_rank_{rank}.json").read_text())
+        bad = next(step for step in steps if "nan" in step["losses"].values())
+        samples = batches[str(rank), bad["step"] - 1]["samples"]
+        assert bad["uids"] == [uid(sample) for sample in samples] and len(samples) == 8
+        message = f"error: the loss is not finite in step {bad['step']} of epoch 0 (rank {rank}: "
+        assert message + "contrastive_loss nan, distill_loss nan, loss nan)" in done.stderr
+    # No checkpoint was written after that step.
+    written = [f"epoch_0_step_{step}.pt" for step in range(1, bad["step"])]
+    assert step_checkpoints(tmp_path) == written
 
 
 # --- imperfect data ---------------------------------------------------------------------------------------------------

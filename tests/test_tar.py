@@ -9,8 +9,8 @@ import pytest
 import webdataset as wds
 from shards import reinforced_sample, uid, write_reinforced_shards, write_shard
 
-from dr.data import tar_to_samples
-from dr.sample import REINFORCED_MEMBERS
+from dr.sample import USED_MEMBERS
+from dr.sources import stream
 from dr.tar import MAX_MEMBER, group_members, read_headers, read_samples, sample_spans, split_name
 
 
@@ -196,15 +196,19 @@ def test_samples_are_those_of_webdatasets_own_grouping(seed, tmp_path):
 
 def test_samples_are_those_that_webdataset_reads(tmp_path):
     shards = wds.SimpleShardList(write_reinforced_shards(tmp_path)).urls
-    used = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
     expected = [
-        {name: data for name, data in sample.items() if name in {*used, "__key__", "__url__"}}
+        {
+            name: data
+            for name, data in sample.items()
+            if name in {*USED_MEMBERS, "__key__", "__url__"}
+        }
         for sample in wds.tarfile_to_samples()({"url": url} for url in shards)
     ]
-    assert list(tar_to_samples({"url": url} for url in shards)) == expected and len(expected) > 8
+    found = stream(({"url": url} for url in shards), USED_MEMBERS.__contains__)
+    assert [item.row for item in found] == expected and len(expected) > 8
 
 
-def test_a_damaged_shard_gives_what_comes_before_and_the_next_one_goes_on(tmp_path, caplog):
+def test_a_damaged_shard_gives_what_comes_before_and_the_next_one_goes_on(tmp_path):
     samples = [(uid(seed), reinforced_sample(seed)) for seed in range(4)]
     first, second = (
         write_shard(tmp_path / f"{n}.tar", part)
@@ -212,12 +216,10 @@ def test_a_damaged_shard_gives_what_comes_before_and_the_next_one_goes_on(tmp_pa
     )
     first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
     urls = [str(first), str(tmp_path / "missing.tar"), str(second)]
-    keys = [sample["__key__"] for sample in tar_to_samples({"url": url} for url in urls)]
+    items = list(stream(({"url": url} for url in urls), USED_MEMBERS.__contains__))
+    keys = [item.row["__key__"] for item in items if item.skipped is None]
     assert keys[-2:] == [uid(2), uid(3)] and uid(1) not in keys[:-2][:-1]
-    assert [url in record.message for url, record in zip(urls, caplog.records, strict=False)] == [
-        True,
-        True,
-    ]
+    assert [item.skipped.url for item in items if item.skipped] == urls[:2]
 
 
 @pytest.mark.parametrize(

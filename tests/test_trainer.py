@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, environment, run
 from shards import AUGMENTATION, encode, picture, uid, write_reinforced_shards, write_shard
+
+from dr.tar import group_members
 
 MODEL = ROOT / "tests" / "data" / "tiny_vit.json"
 
@@ -282,3 +285,26 @@ def test_openclips_own_tests_pass_on_the_patched_commit(tree):
         cwd=tree,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+GROUP = """
+import json, sys
+from training.data import group_by_keys_nothrow
+for names in json.load(sys.stdin):
+    files = ({"fname": name, "data": 0, "__url__": "u"} for name in names)
+    samples = list(group_by_keys_nothrow(files))
+    print(json.dumps([[s.pop("__key__"), sorted(n for n in s if n != "__url__")] for s in samples]))
+"""
+
+
+def test_samples_are_grouped_as_openclip_groups_them(tree):
+    """Also where an extension comes twice, on which webdataset's own grouping raises."""
+    rng = random.Random(0)
+    words = ["a.jpg", "a.JPG", "a.json", "b.json", "b.syn.json", "d.e/a.txt", "d/.a", "a", "c.txt"]
+    shards = [[rng.choice(words) for _ in range(rng.randrange(1, 30))] for _ in range(200)]
+    shards += [["k.jpg", "k.json", "k.json", "k.txt"], ["a.jpg", "b.json", "a.txt"]]
+    done = run([sys.executable, "-c", GROUP], input=json.dumps(shards), env=environment(tree))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for names, line in zip(shards, done.stdout.splitlines(), strict=True):
+        found = group_members((name, 0) for name in names)
+        assert [[key, sorted(sample)] for key, sample in found] == json.loads(line)

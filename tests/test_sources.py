@@ -6,10 +6,10 @@ import pytest
 import webdataset as wds
 from shards import reinforced_sample, uid, write_reinforced_shards, write_shard
 
-from dr import shard_reader
+from dr import sources
 from dr.sample import USED_MEMBERS, BadSample
-from dr.shard_reader import ShardReader, count_samples, sizes_beside
-from dr.tar import read_headers
+from dr.sources import ShardReader, count_samples
+from dr.tar import read_headers, read_sizes
 
 
 def shards(tmp_path, number=3, samples=5):
@@ -36,12 +36,12 @@ def test_samples_are_those_that_webdataset_reads_whatever_the_order(tmp_path, mo
         for place, sample in enumerate(wds.tarfile_to_samples()([{"url": path}]))
     }
     assert len(expected) == 15
-    monkeypatch.setattr(shard_reader, "KEPT_SAMPLES", 7)
-    reader = ShardReader(paths, USED_MEMBERS)
+    monkeypatch.setattr(sources, "MAX_OPEN_SAMPLES", 7)
+    reader = ShardReader(paths, USED_MEMBERS.__contains__)
     for shard, place in [*expected, *reversed(expected)]:
         assert reader.read(shard, place) == expected[shard, place]
         assert len(reader.open) <= 2
-    few = ShardReader(paths, ("txt",)).read(1, 2)
+    few = ShardReader(paths, "txt".__eq__).read(1, 2)
     assert few == {name: expected[1, 2][name] for name in ("__key__", "__url__", "txt")}
 
 
@@ -51,7 +51,7 @@ def test_what_a_damaged_shard_costs(tmp_path):
         at = next(member.offset for member in read_headers(file) if member.name == f"{uid(3)}.npz")
     os.truncate(paths[0], at)
     os.remove(paths[1])
-    reader = ShardReader([*paths, str(tmp_path / "sub")], USED_MEMBERS)
+    reader = ShardReader([*paths, str(tmp_path / "sub")], USED_MEMBERS.__contains__)
     (tmp_path / "sub").write_bytes(os.urandom(5000))
     assert ["npz" in reader.read(0, place) for place in range(4)] == [
         True,
@@ -59,13 +59,13 @@ def test_what_a_damaged_shard_costs(tmp_path):
         True,
         False,
     ]  # cut before its npz
-    assert reason(reader, 0, 4) == shard_reader.UNREADABLE
-    assert [reason(reader, 1, place) for place in range(5)] == [shard_reader.UNREADABLE] * 5
+    assert reason(reader, 0, 4) == sources.UNREADABLE
+    assert [reason(reader, 1, place) for place in range(5)] == [sources.UNREADABLE] * 5
     assert reader.read(2, 4)["__key__"] == uid(14)
     assert reason(reader, 2, 5) == "not in its shard"
-    assert reason(reader, 3, 0) == shard_reader.UNREADABLE
+    assert reason(reader, 3, 0) == sources.UNREADABLE
     os.truncate(paths[2], 1000)  # while it is open
-    assert reason(reader, 2, 4) == shard_reader.UNREADABLE
+    assert reason(reader, 2, 4) == sources.UNREADABLE
     counts = count_samples([*paths, str(tmp_path / "sub")])
     assert [size for size, _ in counts] == [4, 0, 0, 0] and all(fault for _, fault in counts)
 
@@ -78,8 +78,9 @@ def test_sizes_json_tells_the_sizes_in_each_folder(tmp_path):
     (tmp_path / "a" / "sizes.json").write_text('{"0.tar": 7}')
     (tmp_path / "b" / "sizes.json").write_text('{"1.tar": 7}')
     paths = [str(tmp_path / folder / "0.tar") for folder in ("a", "b", "c")]
-    assert sizes_beside(paths) == [7, None, None]
-    assert count_samples(paths[1:]) == [(2, None), (2, None)]
+    folders = [str(tmp_path / folder) for folder in ("a", "b", "c")]
+    assert [read_sizes(folder) for folder in folders] == [{"0.tar": 7}, {"1.tar": 7}, {}]
+    assert count_samples(paths[1:]) == [(2, ""), (2, "")]
     (tmp_path / "c" / "sizes.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"c/sizes\.json: expected an object"):
-        sizes_beside(paths)
+        read_sizes(folders[2])

@@ -1,6 +1,6 @@
 """How often each sample is seen in each pass, over real runs of the patched trainer: prints a table.
 
-    python tests/coverage.py [OPEN_CLIP_TREE]
+    python tests/sampling_coverage.py [OPEN_CLIP_TREE]
 
 The layouts of LAYOUTS are trained one after the other under torchrun, on 1, 2 and 3 processes on the CPU. A sample's
 pass is told by its augmentation: in four passes each of its four comes once. test_sampling_runs.py asserts the same.
@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import environment, run  # noqa: E402
 from shards import AUGMENTATION, reinforced_sample, uid, write_shard  # noqa: E402
 
-from dr.sampling import Order, positions, turn_of  # noqa: E402
+from dr.sampling import ScheduledChoice, ShardOrder, iterate_positions  # noqa: E402
 
 SEED = 3
 AUGMENTATIONS = 4  # and so many passes can be told apart
@@ -145,7 +145,7 @@ def seen(batches):
         for sample, augmentation in zip(entry["samples"], entry["augmentations"], strict=True):
             if sample not in pass_of:
                 turns = [
-                    turn_of(SEED, pass_, uid(sample), "augmentation", AUGMENTATIONS)
+                    ScheduledChoice(SEED, pass_).choose(uid(sample), "augmentation", AUGMENTATIONS)
                     for pass_ in range(AUGMENTATIONS)
                 ]
                 pass_of[sample] = {turn: pass_ for pass_, turn in enumerate(turns)}
@@ -156,10 +156,10 @@ def seen(batches):
 def taken(sampling):
     """The (pass, shard, place) that streams have taken, by what a checkpoint says; on one layout."""
     streams, total = len(sampling["cursors"]), sum(sampling["sizes"])
-    order = lru_cache(None)(lambda pass_: Order(sampling["seed"], pass_, sampling["sizes"]))
+    order = lru_cache(None)(lambda pass_: ShardOrder(sampling["seed"], pass_, sampling["sizes"]))
     found = []
     for stream, cursor in enumerate(sampling["cursors"]):
-        for pass_, position, after in positions(
+        for pass_, position, after in iterate_positions(
             sampling["seed"], total, [], streams, stream, (0, 0)
         ):
             if after > tuple(cursor):

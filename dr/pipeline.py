@@ -1,0 +1,253 @@
+"""What the patch calls in OpenCLIP's ``data.py``: two functions, and the loader of their batches.
+
+``make_pass_loader``   the whole loader, for sampling without replacement
+``adapt_stages``       OpenCLIP's pipeline of WebDataset stages, changed for training
+``StreamLoader``       goes around OpenCLIP's loader of that pipeline
+
+In reinforced training with replacement OpenCLIP chooses the shards, and the chain of ``loader``
+does the rest. The baseline keeps OpenCLIP's stages, with a count of the samples between them.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import webdataset as wds
+from torchvision.transforms import InterpolationMode
+
+from .batch import Batch
+from .chain import Counts, Recipe, SkipLimit, Streak, Tally, Tokenizer, batches, shuffled
+from .loader import PassLoader, StreamLoader, ignore_sigterm
+from .sample import (
+    IMAGE_MEMBERS,
+    PLAIN_MEMBERS,
+    USED_MEMBERS,
+    BaselineRecipe,
+    ReinforcedRecipe,
+    missing,
+)
+from .sources import MAX_UNREADABLE_SHARDS, Skipped, stream
+from .transforms import compose_from_config, split_for_device
+
+__all__ = ["StreamLoader", "adapt_stages", "make_pass_loader"]
+
+SHUFFLE_BUFFER, SHUFFLE_INITIAL = 5000, 1000  # as OpenCLIP's _SAMPLE_SHUFFLE_SIZE and …_INITIAL
+
+Stage = Callable[[Iterable], Iterator]
+
+
+def make_pass_loader(
+    args: Any, preprocess: Callable, tokenizer: Tokenizer, shards: Sequence[str]
+) -> PassLoader:
+    """The loader of ``--dataset-without-replacement``.
+
+    Args:
+        args: the trainer's options.
+        preprocess: OpenCLIP's training transform of the student.
+        tokenizer: list of str to int64 ``[captions, L]``.
+        shards: paths of tars.
+    """
+    return PassLoader(args, make_recipe(args, preprocess), tokenizer, shards)
+
+
+def adapt_stages(
+    stages: Sequence,
+    args: Any,
+    preprocess: Callable,
+    tokenizer: Tokenizer,
+    is_train: bool,
+    num_samples: int,
+) -> list:
+    """Change the stages of OpenCLIP's pipeline.
+
+    Args:
+        stages: OpenCLIP's, from the list of shards to batches.
+        args, preprocess, tokenizer: see :func:`make_pass_loader`.
+        is_train: whether these are training data; validation data are never reinforced.
+        num_samples: in an epoch, on all ranks.
+
+    Returns:
+        For training, stages whose last one yields ``(Batch, Counts)``. For validation, OpenCLIP's
+        stages, which decode only images and captions.
+    """
+    if not is_train:
+        *read, select, decode, rename, convert, to_tuple, batch = stages
+        return [*read, keep_image_and_caption, select, decode, rename, convert, to_tuple, batch]
+    *shards, read_tars, shuffle, select, decode, rename, convert, _to_tuple, _batch = stages
+    limit = SkipLimit(-(-num_samples // args.world_size), args.max_skipped_fraction)
+    recipe = make_recipe(args, preprocess)
+    tally = Tally(recipe.members, limit)
+    if args.dataset_reinforcement:
+        chain = partial(
+            _reinforced_batches,
+            recipe=recipe,
+            tokenizer=tokenizer,
+            batch_size=args.batch_size,
+            tally=tally,
+            outlive_sigterm=bool(args.save_every_n_steps),
+        )
+        return [*shards, chain]
+    baseline = BaselineStages(tally, outlive_sigterm=bool(args.save_every_n_steps))
+    return [
+        *shards,
+        baseline.open_shards,
+        read_tars,
+        baseline.check_members,
+        keep_image_and_caption,
+        shuffle,
+        select,
+        baseline.start_sample,
+        decode,
+        rename,
+        convert,
+        baseline.finish_sample,
+        wds.to_tuple("image", "text", "__key__"),
+        wds.batched(args.batch_size, partial=False),
+        baseline.finish_batch,
+    ]
+
+
+def _reinforced_batches(
+    shards: Iterable[dict],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    tally: Tally,
+    outlive_sigterm: bool,
+) -> Iterator[tuple[Batch, Counts]]:
+    """A stage: from shards to batches."""
+    if outlive_sigterm:
+        ignore_sigterm()
+    samples = stream(shards, USED_MEMBERS.__contains__)
+    rng = random.Random()
+    shuffle = partial(shuffled, size=SHUFFLE_BUFFER, initial=SHUFFLE_INITIAL, rng=rng)
+    for batch, _ in batches(samples, recipe, tokenizer, batch_size, tally, shuffle):
+        yield batch, tally.take_counts()
+
+
+# --- the baseline ---------------------------------------------------------------------------------
+def keep_image_and_caption(samples: Iterable[dict]) -> Iterator[dict]:
+    """A stage: drop all other members. OpenCLIP would decode them, and WebDataset unpickles
+    some."""
+    kept = {*IMAGE_MEMBERS, "txt"}
+    for sample in samples:
+        yield {n: data for n, data in sample.items() if n in kept or n.startswith("__")}
+
+
+class BaselineStages:
+    """Stages between OpenCLIP's, which count what those skip without a word, and give up in time.
+
+    One object serves one worker: its stages share a tally.
+    """
+
+    def __init__(self, tally: Tally, outlive_sigterm: bool):
+        self.tally, self.outlive_sigterm = tally, outlive_sigterm
+        self.complete, self.decodable = Streak(tally), Streak(tally)
+        self.empty_shards = 0  # in a row
+        self.started: dict | None = None  # the sample that is being decoded
+        self.used = False
+
+    def open_shards(self, shards: Iterable[dict]) -> Iterator[dict]:
+        """Over the shards that the tar reader opens."""
+        if self.outlive_sigterm:
+            ignore_sigterm()
+        self.used = False
+        for shard in shards:
+            if self.empty_shards >= MAX_UNREADABLE_SHARDS:
+                raise RuntimeError(
+                    f"{self.empty_shards} shards in a row have no readable sample; the next one is "
+                    f"{shard['url']}. Check --train-data and the storage."
+                )
+            self.empty_shards += 1
+            yield shard
+
+    def check_members(self, samples: Iterable[dict]) -> Iterator[dict]:
+        """Over the samples in the shards: OpenCLIP's ``select`` drops those that lack a member."""
+        for sample in samples:
+            self.empty_shards = 0
+            self.tally.read += 1
+            if lacks := missing(sample, PLAIN_MEMBERS):
+                self._skip(sample, lacks[0], self.complete)
+            else:
+                self.complete.end()
+            yield sample
+
+    def start_sample(self, samples: Iterable[dict]) -> Iterator[dict]:
+        """Before decoding: the sample before is undecodable if it did not come out."""
+        for sample in samples:
+            if self.started is not None:
+                self._skip(self.started, "undecodable image or caption", self.decodable)
+            self.started = sample
+            yield sample
+
+    def finish_sample(self, samples: Iterable[dict]) -> Iterator[dict]:
+        """After decoding."""
+        for sample in samples:
+            self.started = None
+            self.decodable.end()
+            self.used = self.tally.has_used = True
+            yield sample
+        if not self.used:
+            self.tally.give_up(self.tally.skipped)
+
+    def finish_batch(self, samples: Iterable[tuple]) -> Iterator[tuple[Batch, Counts]]:
+        """Over batches."""
+        for images, texts, uids in samples:
+            yield Batch(images, texts[:, None], list(uids)), self.tally.take_counts()
+
+    def _skip(self, sample: dict, reason: str, streak: Streak) -> None:
+        self.tally.skip(Skipped(reason, reason, sample["__key__"], sample["__url__"]))
+        streak.add(reason)
+
+
+# --- options --------------------------------------------------------------------------------------
+def make_recipe(args: Any, preprocess: Callable) -> Recipe:
+    """The recipe that the trainer's options ask for."""
+    if not args.dataset_reinforcement:
+        return BaselineRecipe(preprocess)
+    with open(args.dataset_reinforcement_config, encoding="utf-8") as file:
+        config = json.load(file)["reinforce"]["image_augmentation"]
+    config = adapt_augmentation(config, preprocess, args.image_interpolation)
+    compose, statistics = split_for_device(compose_from_config(config))
+    mix_ratio = None
+    if args.dataset_reinforcement_mix_synthetic:
+        mix_ratio = args.dataset_reinforcement_mix_synthetic_ratio
+    dimensions = args.distill_teacher_dimension
+    width = None if dimensions == [-1] else sum(dimensions)
+    return ReinforcedRecipe(compose, statistics, mix_ratio, width)
+
+
+def adapt_augmentation(config: dict, preprocess: Any, interpolation: str | None = None) -> dict:
+    """The stored augmentation as the student sees it.
+
+    Output size, interpolation and normalisation are those of the student's preprocessing.
+
+    Args:
+        config: an ``image_augmentation`` object.
+        preprocess: OpenCLIP's training transform of the student.
+        interpolation: ``--image-interpolation``, which the training transform does not follow.
+    """
+
+    def find(*fields: str) -> Any:
+        return next((t for t in preprocess.transforms if all(hasattr(t, f) for f in fields)), None)
+
+    crop, normalize = find("size", "interpolation"), find("mean", "std")
+    if crop is None or normalize is None:
+        raise ValueError(
+            f"the student's preprocessing has no crop or no normalisation: {preprocess}"
+        )
+    if interpolation in (None, "random"):
+        interpolation = "bicubic"
+        if isinstance(crop.interpolation, InterpolationMode):
+            interpolation = crop.interpolation.value
+    size = crop.size if isinstance(crop.size, int) else list(crop.size)
+    mean, std = ([float(v) for v in values] for values in (normalize.mean, normalize.std))
+    resized_crop = {**config["random_resized_crop"], "size": size, "interpolation": interpolation}
+    return {
+        **config,
+        "random_resized_crop": resized_crop,
+        "to_tensor": {"enable": True},
+        "normalize": {"mean": mean, "std": std},
+    }

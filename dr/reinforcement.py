@@ -1,0 +1,3 @@
+"""The earlier name of ``sample``, for scripts that import it."""
+
+from .sample import *  # noqa: F403
