@@ -2,13 +2,14 @@
 
     python scripts/benchmarks/loader.py [--data PATTERN] [--profile]
 
-Prints the CPU time of one worker of a DataLoader with a full shuffle buffer, for three variants
-that run alternately:
+Prints the CPU time of one worker of a DataLoader with a full shuffle buffer, for variants that run
+alternately:
 
-    plain     reads tars with WebDataset, shuffles raw samples, decodes every member, chooses
-              afterwards, converts the image through RGBA and normalises it to float32
-    recipe    the loader of dr/
-    floor     only decodes the JPEG, crops, resizes, and applies the two stored operations
+    plain            reads tars with WebDataset, shuffles raw samples, decodes every member, chooses
+                     afterwards, converts the image through RGBA and normalises it to float32
+    recipe           the loader of dr/, with replacement
+    recipe, passes   the loader of dr/, without replacement: random access in place of the buffer
+    floor            only decodes the JPEG, crops, resizes, and applies the two stored operations
 
 Ratios are to `plain`. Without --data the shards are made here: photographs of 512 pixels with 30
 augmentations (pip install scikit-image), in both formats of embeddings.
@@ -28,7 +29,8 @@ import tempfile
 import time
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for dr
-from dr.data import tar_to_samples, training_stages
-from dr.sample import caption, decode_image, synthetic_captions
+from dr.batch import Batch
+from dr.chain import SkipLimit, Tally, batches, shuffled
+from dr.pipeline import make_recipe
+from dr.sample import USED_MEMBERS, ReinforcedRecipe, caption, decode_image, synthetic_captions
+from dr.sources import Item, ShardReader, StreamState, count_samples, passes, stream
 from dr.transforms import Compose, compose_from_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "datacompdr12m.json"
@@ -56,9 +61,8 @@ BATCH = 64
 
 
 # --- the recipe's loader --------------------------------------------------------------------------
-# THE ONLY PART THAT KNOWS HOW dr/ BUILDS ITS PIPELINE: adapt it together with dr/.
-def recipe_pipeline(shards: list[str], shuffle: int, batch: int) -> wds.DataPipeline:
-    """The recipe's pipeline over ``shards``, which are repeated for ever, in OpenCLIP's order."""
+# The only part that knows how dr/ builds its loaders: adapt it together with dr/.
+def make_reinforced_recipe(batch: int) -> ReinforcedRecipe:
     preprocess = T.Compose(
         [
             T.RandomResizedCrop(224, interpolation=T.InterpolationMode.BICUBIC),
@@ -75,27 +79,49 @@ def recipe_pipeline(shards: list[str], shuffle: int, batch: int) -> wds.DataPipe
         image_interpolation=None,
         batch_size=batch,
     )
-    stages = training_stages(options, preprocess, tokenizer(), True, len(shards))
-    return wds.DataPipeline(
-        lambda: ({"url": url} for url in cycle(shards)),
-        stages.shards,
-        stages.open,
-        stages.read,
-        wds.shuffle(shuffle, initial=shuffle, rng=random.Random(0)),
-        *stages.prepare,
-    )
+    return make_recipe(options, preprocess)
 
 
-# Names of the recipe's stages, for --profile; a stage without a name counts for the next one.
-RECIPE_STAGES = (
-    *("shards", "", "read tars", "draw rows"),
-    *("shuffle", "decode and augment", "", "tokenise and batch"),
-)
+def stream_samples(shards: list[str]) -> Iterator[Item]:
+    """With replacement: shards one after the other, repeated for ever."""
+    return stream(({"url": url} for url in cycle(shards)), USED_MEMBERS.__contains__)
 
 
-def raw_samples(shards: list[str], count: int) -> list[dict[str, Any]]:
-    """Some samples as the recipe reads them."""
-    return list(islice(tar_to_samples({"url": url} for url in cycle(shards)), count))
+def pass_samples(shards: list[str]) -> Iterator[Item]:
+    """Without replacement: passes over all samples, in one stream."""
+    sizes = [size for size, _ in count_samples(shards)]
+    state = StreamState(0, sizes, previous=[], streams=1, stream=0, cursor=(0, 0))
+    return passes(ShardReader(shards, USED_MEMBERS.__contains__), state)
+
+
+def recipe_batches(
+    samples: Iterator[Item], shuffle: int | None, batch: int, recipe: Any = None
+) -> Iterator[Batch]:
+    """The recipe's batches; ``shuffle`` is the size of the buffer, None: without one."""
+    recipe = recipe or make_reinforced_recipe(batch)
+    stage = None
+    if shuffle is not None:
+        stage = partial(shuffled, size=shuffle, initial=shuffle, rng=random.Random(0))
+    tally = Tally(recipe.members, SkipLimit(10**12, 1.0))
+    for made, _ in batches(samples, recipe, tokenizer(), batch, tally, stage):
+        yield made
+
+
+def recipe_with_replacement(shards: list[str], shuffle: int, batch: int) -> Iterator[Batch]:
+    return recipe_batches(stream_samples(shards), shuffle, batch)
+
+
+def recipe_without_replacement(shards: list[str], shuffle: int, batch: int) -> Iterator[Batch]:
+    return recipe_batches(pass_samples(shards), None, batch)
+
+
+class TimedRecipe:
+    """A recipe that adds the CPU time of its two steps to ``spent``."""
+
+    def __init__(self, recipe: ReinforcedRecipe, spent: dict[str, float]):
+        self.members, self.statistics = recipe.members, recipe.statistics
+        self.draw = timed(recipe.draw, spent, "draw rows")
+        self.augment = timed(recipe.augment, spent, "decode and augment")
 
 
 # --- the other variants ---------------------------------------------------------------------------
@@ -160,8 +186,13 @@ def floor_pipeline(shards: list[str], shuffle: int, batch: int) -> Iterator[tupl
         yield (torch.tensor(batch),)
 
 
-VARIANTS = {"plain": plain_pipeline, "recipe": recipe_pipeline, "floor": floor_pipeline}
-LOADERS = ("plain", "recipe")  # the variants that give batches, from a shuffle buffer
+VARIANTS = {
+    "plain": plain_pipeline,
+    "recipe": recipe_with_replacement,
+    "recipe, passes": recipe_without_replacement,
+    "floor": floor_pipeline,
+}
+LOADERS = [name for name in VARIANTS if name != "floor"]  # the variants that give batches
 
 
 # --- shards ---------------------------------------------------------------------------------------
@@ -276,7 +307,8 @@ def measure(kind: str, shards: list[str], args: Namespace) -> dict[str, float]:
     sent = {}  # KB a sample
     for name, worker in workers.items():
         batch, _ = next(worker)
-        sent[name] = sum(tensor.nbytes for tensor in batch) / BATCH / 1000
+        tensors = [part for part in batch if isinstance(part, torch.Tensor)]
+        sent[name] = sum(tensor.nbytes for tensor in tensors) / BATCH / 1000
         # Until the heap takes no new pages, as after a worker's first minutes.
         worker_seconds(worker, 1 + args.shuffle // BATCH)
     turns: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -296,8 +328,21 @@ def measure(kind: str, shards: list[str], args: Namespace) -> dict[str, float]:
     return seconds
 
 
+def timed(function: Callable, spent: dict[str, float], name: str) -> Callable:
+    """The same function, which adds its CPU time to ``spent[name]``."""
+
+    def run(*arguments: Any) -> Any:
+        start = time.process_time()
+        try:
+            return function(*arguments)
+        finally:
+            spent[name] += time.process_time() - start
+
+    return run
+
+
 def profile(shards: list[str], args: Namespace, seconds: dict[str, float]) -> None:
-    """Print the CPU time inside each stage of the recipe, without that of the stages before it.
+    """Print the CPU time of each stage of the recipe, with replacement.
 
     Args:
         shards: tars.
@@ -305,34 +350,21 @@ def profile(shards: list[str], args: Namespace, seconds: dict[str, float]) -> No
         seconds: what a sample took in a worker, by variant.
     """
     torch.set_num_threads(1)  # as in a worker
-    spent = dict.fromkeys(filter(None, RECIPE_STAGES), 0.0)
-
-    def timed(name: str, source: Iterator) -> Iterator:
-        while True:
-            start = time.process_time()
-            item = next(source)
-            spent[name] += time.process_time() - start
-            yield item
-
-    first, *stages = recipe_pipeline(shards, args.shuffle, BATCH).pipeline
-    source = timed(RECIPE_STAGES[0], first())
-    for name, stage in zip(RECIPE_STAGES[1:], stages, strict=True):
-        source = iter(stage(source))
-        source = timed(name, source) if name else source
-    next(source)
+    rest = "shuffle, tokenise and batch"
+    spent = dict.fromkeys(("read tars", "draw rows", "decode and augment", rest), 0.0)
+    read = timed(stream_samples(shards).__next__, spent, "read tars")
+    recipe = TimedRecipe(make_reinforced_recipe(BATCH), spent)
+    made = recipe_batches(iter(read, None), args.shuffle, BATCH, recipe)
+    next(made)
     spent.update(dict.fromkeys(spent, 0.0))
-    batches = args.batches * args.runs
-    for _ in islice(source, batches):
-        pass
+    count, start = args.batches * args.runs, time.process_time()
+    for _ in range(count):
+        next(made)
+    spent[rest] = time.process_time() - start - sum(spent.values())
+    stages = {name: value / count / BATCH for name, value in spent.items()}
+    stages["hand over to the trainer"] = seconds["recipe"] - sum(stages.values())
 
-    total, per_stage = 0.0, {}
-    for name, value in spent.items():  # of a stage and of those before it
-        per_stage[name] = value / batches / BATCH - total
-        total += per_stage[name]
-    del per_stage["shards"]
-    per_stage["hand over to the trainer"] = seconds["recipe"] - sum(per_stage.values())
-
-    samples = raw_samples(shards, 256)
+    samples = [item.row for item in islice(stream_samples(shards), 256)]
     texts = [text for s in samples for text in (caption(s), synthetic_captions(s)[0])]
     tokenize = tokenizer()
     parts = {"tokenising": lambda: tokenize(texts)}
@@ -343,13 +375,9 @@ def profile(shards: list[str], args: Namespace, seconds: dict[str, float]) -> No
         for name, value in median_seconds(parts, 5, time.process_time).items()
     }
     alone["floor"] = seconds["floor"]
-    stage_of = {
-        "inflating": "draw rows",
-        "floor": "decode and augment",
-        "tokenising": "tokenise and batch",
-    }
+    stage_of = {"inflating": "draw rows", "floor": "decode and augment", "tokenising": rest}
     print("\n| stage | ms a sample | of which, alone |\n|---|---|---|")
-    for name, value in per_stage.items():
+    for name, value in stages.items():
         found = [part for part in alone if stage_of[part] == name]
         within = ", ".join(f"{part} {1000 * alone[part]:.2f}" for part in found)
         print(f"| {name} | {1000 * value:.2f} | {within} |")

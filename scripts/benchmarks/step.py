@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for dr
-from dr.batch import add_teacher, unpack_batch
+from dr.batch import Batch, add_teacher, unpack_batch
 from dr.loss import DRClipLoss
 from dr.params import register_model
 
@@ -42,10 +42,11 @@ def make_steps(args: argparse.Namespace, device: str) -> dict[str, Callable[[], 
     texts = torch.randint(1, 49000, (args.batch, 2, model.context_length), generator=generator)
     stored = F.normalize(torch.randn(args.batch, 3, sum(TEACHERS), generator=generator), dim=2)
     normalized = (pixels.permute(0, 3, 1, 2).contiguous().float() / 255 - 0.45) / 0.27
-    batch = [pixels, texts, stored[:, 0], stored[:, 1:], torch.tensor([MEAN, STD])]
+    statistics = torch.tensor([MEAN, STD])
     if device == "cuda":
-        batch = [tensor.pin_memory() for tensor in batch]
+        pixels, texts, stored = pixels.pin_memory(), texts.pin_memory(), stored.pin_memory()
         normalized = normalized.pin_memory()
+    batch = Batch(pixels, texts, [], stored[:, 0], stored[:, 1:], statistics)
     distill = DRClipLoss(
         teacher_dimension=TEACHERS,
         distill_loss_weights=args.weights,
@@ -55,12 +56,12 @@ def make_steps(args: argparse.Namespace, device: str) -> dict[str, Callable[[], 
     contrastive = open_clip.ClipLoss()
 
     def reinforced() -> Tensor:
-        images, captions, teacher = unpack_batch(tuple(batch), torch.device(device))
+        images, captions, teacher = unpack_batch(batch, torch.device(device))
         return sum(distill(**add_teacher(model(images, captions), teacher)))
 
     def plain() -> Tensor:
         images = normalized.to(device, non_blocking=True)
-        captions = batch[1].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        captions = texts.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
         out = model(images, captions)
         original, synthetic = out["text_features"].chunk(2)
         return sum(
