@@ -3,37 +3,35 @@
 #
 #     bash configs/run_datacomp12m.sh [TRAINER ARGUMENT …]
 #
-# Published recipe: ViT-B/16, 1 node of 8 GPUs, 30,000 iterations of 8,192. Every setting here and in
-# launch.sh can be overridden from the environment:
+# Published recipe: ViT-B/16, 1 node of 8 GPUs, 30,000 iterations of 8,192.
+# Every setting below and in launch.sh can be overridden from the environment:
 #
-#     NUM_NODES=1 NUM_GPUS=1 GLOBAL_BATCH=1024 bash configs/run_datacomp12m.sh      # one GPU
-#     NUM_GPUS=0 NUM_PROCESSES=2 … bash configs/run_datacomp12m.sh                  # a CPU, two processes over gloo
+#     NUM_NODES=1 NUM_GPUS=1 GLOBAL_BATCH=1024 bash configs/run_datacomp12m.sh
+#     NUM_GPUS=0 NUM_PROCESSES=2 … bash configs/run_datacomp12m.sh     # on a CPU
 #     SAMPLING=without-replacement SAVE_EVERY_N_STEPS=500 bash configs/run_datacomp12m.sh
+#     DRY_RUN=1 bash configs/run_datacomp12m.sh    # print the torchrun command
 #
-# Needs: the patched OpenCLIP (scripts/setup_open_clip.sh) and shards with images and captions; the joined shards of
-# DataCompDR-12M will do, their reinforcements are not read.
-# Leaves: $LOGS/$NAME/ with out.log, params.txt, checkpoints/.
+# Needs: the patched OpenCLIP (scripts/setup_open_clip.sh) and shards with images and captions. The
+# joined shards of DataCompDR-12M will do; their reinforcements are not read.
+# Writes: $LOGS/$NAME/ with out.log, params.txt, checkpoints/.
 set -euo pipefail
-case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit ;; esac
+# shellcheck source-path=SCRIPTDIR source=launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh" # settings common to all recipes
 
-# --- settings -------------------------------------------------------------------------------------------------------
-DEFAULT_NODES=1                              # NUM_NODES
-DEFAULT_GPUS=8                               # NUM_GPUS, on each node
-GLOBAL_BATCH=${GLOBAL_BATCH:-8192}             # over all processes and ACCUM_FREQ micro-batches
-ITERATIONS=${ITERATIONS:-30000}                # optimiser steps; samples seen = ITERATIONS x GLOBAL_BATCH
-CHECKPOINTS=${CHECKPOINTS:-20}                 # an "epoch" is samples seen / CHECKPOINTS
+# --- settings -------------------------------------------------------------------------------------
 NAME=${NAME:-run_datacomp12m}
-# DATA: training shards, braces as in WebDataset; default below
-
-# shellcheck source=launch.sh
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-
-# Plain shards where there are some, else the joined ones, which hold the same images and captions.
-plain="$DATASETS/DataComp-12M/shards/{00000000..00001023}.tar"
-joined="$DATASETS/DataCompDR-12M/shards/{00000000..00001023}.tar"
+NUM_NODES=${NUM_NODES:-1}
+NUM_GPUS=${NUM_GPUS:-8}              # on each node
+GLOBAL_BATCH=${GLOBAL_BATCH:-8192}   # samples in an optimiser step, over all processes
+ITERATIONS=${ITERATIONS:-30000}      # optimiser steps; samples seen = ITERATIONS x GLOBAL_BATCH
+CHECKPOINTS=${CHECKPOINTS:-20}       # an "epoch" is samples seen / CHECKPOINTS
+# Training shards, braces as in WebDataset.
 if [ -z "${DATA:-}" ]; then
-    if [ -d "$DATASETS/DataComp-12M/shards" ]; then DATA=$plain; else DATA=$joined; fi
+    DATA="$DATASETS/DataComp-12M/shards/{00000000..00001023}.tar"
+    [ -d "$DATASETS/DataComp-12M/shards" ] || # the joined shards have the same images and captions
+        DATA="$DATASETS/DataCompDR-12M/shards/{00000000..00001023}.tar"
 fi
-require_shards "$DATA" DATA "bash scripts/join_datacompdr12m.sh brings them: it joins captions, images and reinforcements."
-RECIPE=(--save-most-recent)
-launch "$@"
+
+# --- steps ----------------------------------------------------------------------------------------
+require_shards scripts/join_datacompdr12m.sh
+launch --save-most-recent "$@"

@@ -1,39 +1,40 @@
-"""Make caption shards from parquet metadata (`uid`, `text`), aligned with the reinforcement shards of DataCompDR-1B.
+"""Make caption shards from parquet metadata, aligned with DataCompDR-1B's reinforcement shards.
 
     python scripts/caption_shards.py --metadata datasets/DataComp-1B-metadata \\
         --shards-of datasets/DataCompDR-1B-noimage --output datasets/DataComp-1B --memory 64GB
 
-DataCompDR-1B has no original captions; they are in the metadata of DataComp-1B, in another order. This looks each uid
-of a reinforcement shard up there and writes a shard of the same name that holds `<uid>.txt`, in the same order. The
-join takes the output as its captions: DATACOMP1B_PATH of join_datacompdr1b.sh, or any --source. Needs DuckDB 2, the
-extra `captions`.
+DataCompDR-1B has no original captions. They are in the metadata of DataComp-1B (columns `uid` and
+`text`), in another order. For each reinforcement shard this writes a shard of the same name with
+`<uid>.txt`, in the same order. The join takes the output as its captions: DATACOMP1B_PATH of
+join_datacompdr1b.sh, or any --source. Needs DuckDB 2, this repository's extra `captions`.
 
-Three stages, each of which leaves files, so that a run that was interrupted is run again and goes on:
-    1. uids: the headers of each reinforcement shard are read, its uids kept in a parquet file
-    2. join: for a part of the shards at a time (--part samples; by default one for each 32 bytes of --memory, at most
-       250 million), DuckDB reads all metadata, joins it with their uids, sorts by shard and position, and leaves a
-       parquet file; what doesn't fit into --memory it spills into --temp
-    3. shards: tars are written from that file, which is removed when all of its shards are done
-Finished shards are skipped as long as the reinforcement shard and the metadata files (names, sizes, times) are as they
-were. The same sources give the same bytes, whatever --memory, --part and --threads are.
+There are three stages. Each keeps files, so an interrupted run continues when it is run again:
+    1. uids: read the headers of each reinforcement shard; keep its uids in a parquet file.
+    2. join: for a part of the shards at a time, DuckDB reads all metadata, joins it with the uids,
+       sorts by shard and position, and writes a parquet file. What exceeds --memory is spilled to
+       --temp. A part has --part samples: by default one per 32 bytes of --memory, at most 250 M.
+    3. shards: write tars from that file, which is removed when all of its shards are done.
+Finished shards are skipped while the reinforcement shard and the metadata files (names, sizes,
+times) are the same. The same sources give the same bytes for any --memory, --part and --threads.
 
-uids are compared as 128-bit numbers: 32 hex digits in upper or lower case, with or without dashes, are one uid, and the
-output spells it as the reinforcement shard does. Any other uid is compared by its MD5, so exactly.
+uids are compared as 128-bit numbers: 32 hex digits in upper or lower case, with or without dashes,
+are one uid, spelled in the output as in the reinforcement shard. Other uids are compared by MD5.
 
-Left out and counted: uids that the metadata lacks, and those whose captions are all null or blank. Of several rows with
-one uid, the caption that comes first in byte order is taken, and the others are counted (only for uids that some shard
-holds). A caption of over 16 KB is cut to 4,096 characters, many times what a tokenizer looks at; bytes that are not
-UTF-8 become `?`. A shard of which not one caption is found fails, as one that is damaged: one line, the others go on.
+Skipped, and counted in the report: uids that the metadata lacks, and uids whose captions are all
+null or blank. Of several rows with one uid, the first caption in byte order is used and the others
+are counted (only for uids in a shard). A caption of over 16 KB is cut to 4,096 characters, many
+times what a tokenizer reads. Bytes that are not UTF-8 become `?`. A shard without any caption fails
+like a damaged one: with one line, and the others go on.
 
-Leaves in the output folder
+Outputs
     <shard>.tar             `<uid>.txt` of each sample that has a caption
     caption_report.json     counts, seconds of each stage, peak of memory and of spilled bytes
-    .captions/              the uids of each shard (0.4 MB), from what it was made, and work in progress
-Several machines share out the shards with --shards, each with a --temp of its own.
+    .captions/              uids of each shard (0.4 MB), records, work in progress
+Several machines can share the work: give each its own --shards and --temp.
 
-Scale: meant for one machine and one or two billion rows. Measured (2 cores that others used too, local disk, metadata
-in the page cache, captions of about 75 bytes, DuckDB 2.0.1; first row: benchmark_captions.py --memory 1GB, the others:
-the join alone, from files of uids; memory: the largest process's peak):
+Scale: meant for one machine and one or two billion rows. Measured on 2 shared cores, local disk,
+metadata in the page cache, captions of about 75 bytes, DuckDB 2.0.1 (first row: captions benchmark
+with --memory 1GB; other rows: the join alone; memory: peak of the largest process):
 
     metadata rows   samples   --memory   uids, s   join, s   shards, s   memory   spilled
     12 M            10 M      1 GB       73         9        46          1.1 GB   0.9 GB
@@ -41,18 +42,20 @@ the join alone, from files of uids; memory: the largest process's peak):
     32 M            30 M      1 GB                 31                    1.2 GB   4.5 GB
     32 M            30 M      8 GB                 23                    5.7 GB   none
 
-From these, not measured, the 1.28 billion samples of DataCompDR-1B. uids: 15 hours of one core, shared by the
-processes, as real shards have five members a sample (0.84 s a shard measured; a disk that seeks takes longer). join:
-about an hour on 2 cores with the default 8 GB, that is 6 parts, each of which reads all metadata again, 0.22 s for a
-million rows, and adds 0.8 s for a million samples. shards: 1.6 hours with 2 processes. Disk: 40 GB spilled (150 bytes
-for each sample of a part), 10 GB for the joined part, 25 GB for the uids, and 1.3 TB of output, 1 KB a sample, as tars
-are. The join's time grows with rows times parts: for ten times the rows, as all of CommonPool has, take ten times the
-memory and a larger --part, or Spark; Spark also where a cluster holds the metadata already.
+Estimated from these for the 1.28 billion samples of DataCompDR-1B: uids 15 hours of one core,
+shared by the processes, as real shards have five members a sample (0.84 s a shard measured; longer
+if the disk has to seek). The join takes about an hour on 2 cores with the default 8 GB: 6 parts,
+each reads all metadata (0.22 s for a million rows) and adds 0.8 s for a million samples. The shards
+take 1.6 hours with 2 processes. Disk: 40 GB spilled (150 bytes for each sample of a part), 10 GB
+for the joined part, 25 GB for the uids, 1.3 TB of output (1 KB a sample, as tars are). The time of
+the join grows with rows times parts: for ten times the rows, such as CommonPool, use ten times the
+memory and a larger --part. Use Spark instead if the metadata is on a cluster.
 
-The join takes 0.1 to 0.25 GB beside --memory. A page of the metadata must fit into it for each thread, and several
-times 20,480 captions: 200MB, the least, do for captions of 256 bytes on average, not for a kilobyte.
+The join takes 0.1 to 0.25 GB besides --memory. For each thread, --memory must hold a page of the
+metadata and several times 20,480 captions: the least, 200MB, is enough for captions of 256 bytes on
+average, not for a kilobyte.
 
-Leaves out: captions whose text changed since they were embedded; nothing tells them apart.
+Does not detect captions whose text has changed since they were embedded.
 """
 
 import argparse
@@ -70,34 +73,33 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from join_shards import Source, expand, publish, publish_json, run_all, write_tar
-from shard_members import NAME_LIMIT, ShardError, open_files
+from lib.pool import run_all
+from lib.publish import publish, publish_json, remove_leftovers
+from lib.report import describe_error, format_table, run_command
+from lib.shards import MAX_NAME, ShardError, Source, check_names, expand_braces, open_files
+from lib.tar_writer import write_tar
 from tqdm import tqdm
 
 try:
     import duckdb
 except ImportError:
-    duckdb = None
+    duckdb = None  # type: ignore[assignment]
 
-VERSION = 1  # of the bytes this script writes; raise it to have old shards made again
-MEMORY_A_SAMPLE = (
-    32  # bytes of --memory for each sample of a part; at 20 the join of 10 M samples went well too
-)
-PART = 250_000_000  # samples at most by default: every shard is read by way of the part's footer, which grows
-LONG, CUT = (
-    16 << 10,
-    4096,
-)  # bytes that a caption may have; characters to which a longer one is cut: as many at most
-ROW_GROUP = 20480  # rows, about a shard's: who reads a shard's captions then decodes little else
-WORKER_MEMORY = (
-    10**9
-)  # bytes that DuckDB may take in a process that does one shard; 0.1 GB is what it takes
-PATTERN = set("*?[")  # in a path, for DuckDB
+VERSION = 1  # of the bytes written; a higher one has finished shards made again
+MEMORY_A_SAMPLE = 32  # bytes of --memory for each sample of a part; 20 also worked for 10 M samples
+MAX_PART = 250_000_000  # samples by default; each shard is read by the part's footer, which grows
+MAX_CAPTION = 16 << 10  # bytes; a longer caption is cut
+CUT_CAPTION = 4096  # characters, thus at most MAX_CAPTION bytes
+ROW_GROUP = 20480  # rows, about those of a shard, so that reading a shard decodes little else
+WORKER_MEMORY = 10**9  # bytes allowed to DuckDB for one shard; it takes 0.1 GB
+WILDCARDS = set("*?[")  # in a path, for DuckDB
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+REPORT = "caption_report.json"
 
 JOIN = """
 COPY (
@@ -105,178 +107,179 @@ COPY (
         SELECT (file_index::BIGINT << 32) + file_row_number AS place, {key} AS key
         FROM read_parquet($lists, explicit_cardinality={samples})
     ), captions AS (
-        SELECT {key} AS key, strlen(text) > {long} AS cut,
-            CASE WHEN strlen(text) > {long} THEN left(text, {characters}) ELSE text END AS text
-        FROM read_parquet($metadata, explicit_cardinality={rows}, binary_as_string=true, utf8_validation='replace')
+        SELECT {key} AS key, strlen(text) > {max_bytes} AS cut,
+            CASE WHEN strlen(text) > {max_bytes} THEN left(text, {characters}) ELSE text END AS text
+        FROM read_parquet($metadata, explicit_cardinality={rows}, binary_as_string=true,
+            utf8_validation='replace')
     )
     SELECT place, text, cut FROM wanted JOIN captions USING (key) ORDER BY place
 ) TO '{to}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {row_group}, USE_TMP_FILE false)
 """
-KEY = "coalesce(try_cast(uid AS UUID), md5(uid::VARCHAR)::UUID)"  # text took more than twice the memory
+KEY = "coalesce(try_cast(uid AS UUID), md5(uid::VARCHAR)::UUID)"  # text took over twice the memory
+
+Result = dict[str, Any]  # what a process returns about a shard
 
 
-def first_line(error):
-    return str(error).partition("\n")[0]
-
-
-def connect(memory, threads, temp):
-    """``memory`` in bytes; without ``temp`` nothing is spilled."""
-    settings = {
+# --- DuckDB ---------------------------------------------------------------------------------------
+def connect(memory: int, threads: int, temp: Path | None) -> Any:
+    """A connection with ``memory`` bytes; without ``temp`` nothing is spilled."""
+    settings: dict[str, Any] = {
         "memory_limit": f"{memory // 10**6}MB",
         "threads": threads,
         "temp_directory": str(temp or ""),
+        "autoinstall_known_extensions": False,
     }
-    connection = duckdb.connect(config={**settings, "autoinstall_known_extensions": False})
-    # it takes memory for a whole row group of each thread's file, in the place of a page
+    connection = duckdb.connect(config=settings)
+    # Prefetching takes memory for a whole row group of each thread's file instead of a page.
     connection.execute("LOAD parquet; SET disable_parquet_prefetching = true")
     return connection
 
 
 @functools.cache
-def worker():
-    """DuckDB for one shard, kept from shard to shard."""
+def connect_worker() -> Any:
+    """DuckDB for one shard after another in this process."""
     return connect(WORKER_MEMORY, 1, None)
 
 
-def publish_anew(path, write):
-    """:func:`publish`, in a folder that may not be there, after taking away what killed runs left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        leftover.unlink(missing_ok=True)
-    return publish(path, write)
+def quote(path: object) -> str:
+    return str(path).replace("'", "''")
 
 
-def beside(output, name, extension):
+def is_interrupt(error: BaseException) -> bool:
+    """Whether DuckDB raised this because of Ctrl-C."""
+    return isinstance(error, RuntimeError) and "Query interrupted" in str(error)
+
+
+@contextlib.contextmanager
+def duckdb_errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, duckdb.Error) as error:
+        if is_interrupt(error):
+            raise KeyboardInterrupt from None
+        if not isinstance(error, duckdb.Error):
+            raise
+        out_of_memory = isinstance(error, duckdb.OutOfMemoryException)
+        hint = "; give it more --memory or fewer --threads" if out_of_memory else ""
+        line = str(error).partition("\n")[0]
+        raise SystemExit(f"DuckDB: {line}{hint}; run it again to go on") from None
+
+
+# --- stage 1: uids --------------------------------------------------------------------------------
+def work_path(output: Path, name: str, extension: str) -> Path:
+    """A file about a shard in .captions."""
     return output / ".captions" / f"{name}.{extension}"
 
 
-# stage 1: uids
+def failure(name: str, error: Exception) -> Result:
+    if is_interrupt(error):
+        raise KeyboardInterrupt
+    return {"shard": name, "state": "failed", "error": describe_error(error)}
 
 
-def list_uids(name, source, output):
-    """Leave the uids of a shard in a parquet file, unless that is done already; return what came of it."""
-    path = beside(output, name, "uids.parquet")
+def list_uids(name: str, source: Source, output: Path) -> Result:
+    """Write the uids of a shard to a parquet file, unless that is done already."""
+    path, database = work_path(output, name, "uids.parquet"), connect_worker()
     try:
         source.path(name)
         stamp = source.stamp(name)
-        with contextlib.suppress(duckdb.Error):  # it isn't there, or is damaged
-            (made_from,) = (
-                worker()
-                .execute("SELECT value FROM parquet_kv_metadata($1)", [str(path)])
-                .fetchone()
-            )
+        with contextlib.suppress(duckdb.Error):  # it does not exist, or is damaged
+            query = "SELECT value FROM parquet_kv_metadata($1)"
+            (made_from,) = database.execute(query, [str(path)]).fetchone()
             if json.loads(made_from) == stamp:
-                (samples,) = (
-                    worker()
-                    .execute("SELECT count(*) FROM read_parquet($1)", [str(path)])
-                    .fetchone()
-                )
+                query = "SELECT count(*) FROM read_parquet($1)"
+                (samples,) = database.execute(query, [str(path)]).fetchone()
                 return {"shard": name, "stamp": stamp, "samples": samples}
         contents = source.contents(name)
-        # those that are refused the join leaves out, and counts
+        # Refused samples are skipped, and counted, by the join of shards.
         usable = (uid for uid in contents.samples if uid not in contents.refused)
-        uids = [uid for uid in usable if len(os.fsencode(f"{uid}.txt")) <= NAME_LIMIT]
+        uids = [uid for uid in usable if len(os.fsencode(f"{uid}.txt")) <= MAX_NAME]
         if not uids:
-            raise ShardError("holds no sample that the join could use")
+            raise ShardError("has no sample that the join could use")
 
-        def write(file):  # by its name: DuckDB writes into the file that publish has opened
-            copy = f"COPY (SELECT unnest($1::VARCHAR[]) AS uid) TO '{quoted(file.name)}' (FORMAT parquet, "
-            copy += f"COMPRESSION zstd, USE_TMP_FILE false, KV_METADATA {{made_from: '{json.dumps(stamp)}'}})"
-            worker().execute(copy, [uids])
+        def write(file: BinaryIO) -> None:
+            metadata = f"KV_METADATA {{made_from: '{json.dumps(stamp)}'}}"
+            database.execute(
+                f"COPY (SELECT unnest($1::VARCHAR[]) AS uid) TO '{quote(file.name)}' "
+                f"(FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false, {metadata})",
+                [uids],
+            )
 
-        publish_anew(path, write)
+        remove_leftovers(path)
+        publish(path, write)
         return {"shard": name, "stamp": stamp, "samples": len(uids)}
-    except Exception as error:  # whatever a damaged file makes tarfile say: the other shards go on
+    except Exception as error:  # whatever a damaged file causes: the other shards go on
         return failure(name, error)
     finally:
         open_files.close()
 
 
-def interrupted(error):
-    """Whether it is what DuckDB makes of Ctrl-C."""
-    return isinstance(error, RuntimeError) and "Query interrupted" in str(error)
-
-
-def failure(name, error):
-    if interrupted(error):
-        raise KeyboardInterrupt
-    known = isinstance(error, ShardError | OSError)
-    line = first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
-    return {"shard": name, "state": "failed", "error": line}
-
-
-def quoted(path):
-    return str(path).replace("'", "''")
-
-
-# stage 2: join
-
-
-def metadata_files(pattern):
+# --- stage 2: join --------------------------------------------------------------------------------
+def find_metadata(pattern: str) -> list[Path]:
     path = Path(pattern)
-    files = (
-        path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    )
-    if not (files := sorted(file for file in files if file.is_file())):
+    found = path.rglob("*.parquet") if path.is_dir() else glob.glob(pattern, recursive=True)
+    files = sorted(Path(file) for file in found if os.path.isfile(file))
+    if not files:
         raise SystemExit(
             f"--metadata {pattern}: no parquet files there; give their folder, or a pattern in quotes"
         )
-    if bad := next((file for file in files if PATTERN & set(str(file))), None):
-        raise SystemExit(f"{bad}: DuckDB takes a path with * ? [ for a pattern; rename it")
+    for file in files:
+        if WILDCARDS & set(str(file)):
+            raise SystemExit(f"{file}: DuckDB takes a path with * ? [ for a pattern; rename it")
     return files
 
 
-def open_metadata(files):
-    """How many rows they have, by their footers; each must be whole and have the two columns."""
-    rows = 0
+def count_rows(files: Sequence[Path]) -> int:
+    """Rows of the metadata, by the footers; exits with a line if a file cannot be used."""
+    rows, database = 0, connect_worker()
     for file in tqdm(files, desc="metadata", unit=" files", leave=False):
         try:
-            described = worker().execute(f"DESCRIBE SELECT * FROM {parquet(file)}").fetchall()
-            rows += (
-                worker()
-                .execute("SELECT num_rows FROM parquet_file_metadata($1)", [str(file)])
-                .fetchone()[0]
-            )
+            query = f"DESCRIBE FROM read_parquet('{quote(file)}', binary_as_string=true)"
+            columns = {name.lower(): kind for name, kind, *_ in database.execute(query).fetchall()}
+            query = "SELECT num_rows FROM parquet_file_metadata($1)"
+            rows += database.execute(query, [str(file)]).fetchone()[0]
         except duckdb.Error as error:
-            raise SystemExit(f"{file} can't be read, get it anew: {first_line(error)}") from None
-        columns = {column.lower(): kind for column, kind, *_ in described}
+            line = str(error).partition("\n")[0]
+            raise SystemExit(f"{file} can't be read, download it again: {line}") from None
         for column, kinds in (("uid", ("VARCHAR", "UUID")), ("text", ("VARCHAR",))):
             if column not in columns:
-                raise SystemExit(
-                    f"{file} has no column {column}; its columns are {', '.join(columns)}"
-                )
+                names = ", ".join(columns)
+                raise SystemExit(f"{file} has no column {column}; its columns are {names}")
             if columns[column] not in kinds:
                 raise SystemExit(
-                    f"{file}: its column {column} is {columns[column]}, expected {' or '.join(kinds)}"
+                    f"{file}: its column {column} is {columns[column]}, expected "
+                    + " or ".join(kinds)
                 )
     return rows
 
 
-def parquet(file):
-    return f"read_parquet('{quoted(file)}', binary_as_string=true)"
+def hash_of(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
-def fingerprint(*what):
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
-
-
-def parts_of(listed, size):
+def split_parts(listed: Sequence[Result], size: int) -> list[list[Result]]:
     """Split the listed shards into runs of about ``size`` samples."""
     before = accumulate((result["samples"] for result in listed), initial=0)
     numbered = groupby(zip(before, listed, strict=False), key=lambda pair: pair[0] // size)
     return [[result for _, result in part] for _, part in numbered]
 
 
+def size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # removed meanwhile
+        return 0
+
+
 @contextlib.contextmanager
-def watched(connection, spill, bar, told):
-    """Meanwhile show how far the query is, and note in ``told`` how much it spills."""
+def watch_query(connection: Any, spill: Path, bar: tqdm, report: dict[str, Any]) -> Iterator[None]:
+    """Show the progress of a query, and note in the report how much it spills."""
     ended = threading.Event()
 
-    def watch():
+    def watch() -> None:
         while not ended.wait(0.2):
-            told["spilled_bytes"] = max(
-                told["spilled_bytes"], sum(size_of(file) for file in spill.glob("*"))
-            )
+            spilled = sum(size_of(file) for file in spill.glob("*"))
+            report["spilled_bytes"] = max(report["spilled_bytes"], spilled)
             bar.update(max(0, round(connection.query_progress()) - bar.n))
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -285,207 +288,114 @@ def watched(connection, spill, bar, told):
         yield
     finally:
         ended.set()
-        with contextlib.suppress(RuntimeError):  # it didn't come to start
+        with contextlib.suppress(RuntimeError):  # it was not started
             watcher.join()
 
 
-def size_of(file):
-    try:
-        return file.stat().st_size
-    except OSError:  # gone meanwhile
-        return 0
+def join_part(
+    path: Path,
+    part: Sequence[Result],
+    files: Sequence[Path],
+    rows: int,
+    args: argparse.Namespace,
+    report: dict[str, Any],
+) -> None:
+    """Write the captions of a part's shards to ``path``: (place, text, cut), sorted by place.
 
-
-def join_part(path, part, files, rows, args, work, told):
-    """Leave the captions of a part's shards at ``path``: (place, text, cut), sorted by place.
-
-    A place is the shard's number in the part, in the upper half of 64 bits, and the sample's position in the shard.
+    A place is the shard's number in the part, in the upper half of 64 bits, and the sample's
+    position in the shard. ``files`` have ``rows`` rows.
     """
-    spill, partial = work / "spill", work / "part.partial"
-    partial.unlink(missing_ok=True)
-    samples = sum(result["samples"] for result in part)
-    settings = {
-        "samples": samples,
-        "rows": rows,
-        "long": LONG,
-        "characters": CUT,
-        "row_group": ROW_GROUP,
-    }
-    query = JOIN.format(key=KEY, to=quoted(partial), **settings)
-    lists = [str(beside(args.output, result["shard"], "uids.parquet")) for result in part]
+    samples, spill = sum(result["samples"] for result in part), args.work / "spill"
+    lists = [str(work_path(args.output, result["shard"], "uids.parquet")) for result in part]
     values = {"lists": lists, "metadata": [str(file) for file in files]}
-    with (
-        contextlib.closing(connect(args.memory, args.threads, spill)) as connection,
-        tqdm(total=100, desc=f"join of {samples:,} samples", unit="%") as bar,
-    ):
-        connection.execute(
-            "SET preserve_insertion_order = false"
-        )  # but for ORDER BY's; it takes memory
-        connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
-        with watched(connection, spill, bar, told):
-            connection.execute(query, values)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+
+    def write(file: BinaryIO) -> None:
+        query = JOIN.format(
+            key=KEY,
+            samples=samples,
+            rows=rows,
+            max_bytes=MAX_CAPTION,
+            characters=CUT_CAPTION,
+            row_group=ROW_GROUP,
+            to=quote(file.name),
+        )
+        with (
+            contextlib.closing(connect(args.memory, args.threads, spill)) as connection,
+            tqdm(total=100, desc=f"join of {samples:,} samples", unit="%") as bar,
+        ):
+            # The order of the files takes memory, and ORDER BY sets another one.
+            connection.execute("SET preserve_insertion_order = false")
+            connection.execute("SET enable_progress_bar = true")
+            connection.execute("SET enable_progress_bar_print = false")
+            with watch_query(connection, spill, bar, report):
+                connection.execute(query, values)
+
+    publish(path, write)
 
 
-# stage 3: shards
-
-
-def finished(name, made, output):
-    """The record of a finished shard, or None."""
+# --- stage 3: shards ------------------------------------------------------------------------------
+def read_record(name: str, made: dict[str, Any], output: Path) -> dict[str, Any] | None:
+    """The record of a shard that is finished and was made in this way; else None."""
     try:
-        record = json.loads(beside(output, name, "json").read_text())
+        record = json.loads(work_path(output, name, "json").read_text())
         up_to_date = record["made"] == made and record["bytes"] == (output / name).stat().st_size
         return record if up_to_date else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def usable(text):
-    return text is not None and bool(text.strip())
+def read_captions(
+    joined: Path, number: int, counts: Counter[str]
+) -> dict[int, tuple[str | None, bool]]:
+    """The caption (None: all are blank) and whether it was cut, by position in the shard."""
+    captions: dict[int, tuple[str | None, bool]] = {}
+    query = "SELECT place - $2, text, cut FROM read_parquet($1) WHERE place >= $2 AND place < $3"
+    rows = connect_worker().execute(query, [str(joined), number << 32, (number + 1) << 32])
+    while batch := rows.fetchmany(10_000):
+        for position, text, cut in batch:
+            counts["duplicates in the metadata"] += position in captions
+            before, _ = captions.setdefault(position, (None, False))
+            if text is not None and text.strip() and (before is None or text < before):
+                captions[position] = text, cut
+    return captions
 
 
-def caption_shard(item, joined, output):
-    """Write one shard's captions from the file that the join left; return what came of it."""
+def write_captions(item: tuple[int, str, dict[str, Any]], joined: Path, output: Path) -> Result:
+    """Write the captions of a shard ``(number, name, made)`` from a joined part."""
     number, name, made = item
     try:
-        lists = str(beside(output, name, "uids.parquet"))
-        uids = [
-            uid
-            for (uid,) in worker().execute("SELECT uid FROM read_parquet($1)", [lists]).fetchall()
-        ]
-        query = (
-            "SELECT place - $2, text, cut FROM read_parquet($1) WHERE place >= $2 AND place < $3"
-        )
-        rows = worker().execute(query, [str(joined), number << 32, (number + 1) << 32])
-        captions, counts = {}, Counter()  # captions: {position: (text, cut)}
-        while batch := rows.fetchmany(10_000):
-            for position, text, cut in batch:
-                counts["duplicates in the metadata"] += position in captions
-                before = captions.setdefault(position, (None, False))
-                if usable(text) and (before[0] is None or text < before[0]):
-                    captions[position] = text, cut
+        query = "SELECT uid FROM read_parquet($1)"
+        lists = str(work_path(output, name, "uids.parquet"))
+        uids = [uid for (uid,) in connect_worker().execute(query, [lists]).fetchall()]
+        counts: Counter[str] = Counter()
+        captions = read_captions(joined, number, counts)
         counts["without: not in the metadata"] = len(uids) - len(captions)
         counts["without: an empty caption"] = sum(text is None for text, _ in captions.values())
         counts["long captions cut"] = sum(cut for _, cut in captions.values())
-        samples = ((uid, captions.get(position, (None,))[0]) for position, uid in enumerate(uids))
-        members = [(uid, {"txt": text.encode()}) for uid, text in samples if text is not None]
-        if not members:
+        texts = ((uid, captions.get(position, (None,))[0]) for position, uid in enumerate(uids))
+        samples = [(uid, {"txt": text.encode()}) for uid, text in texts if text is not None]
+        if not samples:
             raise ShardError(f"the metadata has a caption for none of its {len(uids)} uids")
-        record = beside(output, name, "json")
+        record = work_path(output, name, "json")
         record.unlink(missing_ok=True)
-        publish_anew(output / name, lambda file: write_tar(file, members))
+        remove_leftovers(record)
+        remove_leftovers(output / name)
+        publish(output / name, lambda file: write_tar(file, samples))
         kept = {
             "made": made,
             "bytes": (output / name).stat().st_size,
-            "samples": len(members),
+            "samples": len(samples),
             "counts": +counts,
         }
-        publish_anew(record, lambda file: file.write(json.dumps(kept).encode()))
+        publish_json(record, kept)
         return {**kept, "shard": name, "state": "written"}
     except Exception as error:
         return failure(name, error)
 
 
-# telling
-
-
-def table(report):
-    rows = [("captions", report["samples"]), *sorted(report["counts"].items(), reverse=True)]
-    rows += [
-        (f"shards {state}", number)
-        for state, number in sorted(report["shards"].items(), reverse=True)
-    ]
-    width = max(len(label) for label, _ in rows)
-    seconds = ", ".join(f"{stage} {number:.0f}" for stage, number in report["seconds"].items())
-    memory = f"{report['peak_bytes'] / 1e9:.2f} GB of memory, {report['spilled_bytes'] / 1e9:.2f} GB spilled"
-    return "\n".join(
-        [
-            *(f"{label:<{width}}  {number:>13,}" for label, number in rows),
-            f"seconds: {seconds}; {memory}",
-        ]
-    )
-
-
-def peak_memory():
-    """Bytes that the largest process took, in Linux; its ru_maxrss alone would begin with that of who started it."""
-    own = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * max(int(own[1]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-
-
-def memory_size(text):
-    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB)", text, re.IGNORECASE)):
-        raise argparse.ArgumentTypeError(
-            f"{text} is no size: expected a number and MB, GB or TB, as in 8GB"
-        )
-    if (size := int(float(found[1]) * UNITS[found[2].upper()])) < 200 * 10**6:
-        raise argparse.ArgumentTypeError(f"{text} is too little: at least 200MB")
-    return size
-
-
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_option, cores = parser.add_argument, os.cpu_count() or 1
-    add_option(
-        "--metadata",
-        required=True,
-        metavar="DIR|GLOB",
-        help="parquet files with the columns uid and text",
-    )
-    add_option(
-        "--shards-of",
-        required=True,
-        metavar="DIR|PATTERN",
-        help="reinforcement shards: a folder, or as braces",
-    )
-    add_option(
-        "--shards", metavar="PATTERN", help="brace pattern of names; default: all that are there"
-    )
-    add_option("--output", type=Path, required=True, metavar="DIR")
-    add_option(
-        "--memory",
-        type=memory_size,
-        default="8GB",
-        help="what the join may take; default %(default)s",
-    )
-    add_option(
-        "--temp",
-        type=Path,
-        metavar="DIR",
-        help="for what the join spills; default: in the output folder",
-    )
-    add_option(
-        "--threads",
-        type=int,
-        default=cores,
-        help="of the join, and processes beside it; default %(default)s",
-    )
-    add_option(
-        "--part",
-        type=int,
-        metavar="N",
-        help="samples to join at a time; default: --memory / 32 bytes, at most 250 M",
-    )
-    args = parser.parse_args(arguments)
-    args.part = args.part if args.part is not None else min(args.memory // MEMORY_A_SAMPLE, PART)
-    if args.threads < 1 or args.part < 1:
-        parser.error("--threads and --part: at least 1")
-    if "{" not in args.shards_of and not Path(args.shards_of).is_dir():
-        parser.error(f"--shards-of {args.shards_of}: no such folder")
-    args.work = (args.temp or args.output / ".captions") / "work"
-    for path in (args.output, args.work):
-        if PATTERN & set(str(path)):
-            parser.error(
-                f"{path}: DuckDB takes a path with * ? [ for a pattern; choose another folder"
-            )
-    return args
-
-
+# --- all stages -----------------------------------------------------------------------------------
 @contextlib.contextmanager
-def work_folder(path):
+def open_work_folder(path: Path) -> Iterator[None]:
     """A folder for one run at a time, emptied of all but joined parts."""
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "lock", "w") as lock:
@@ -495,132 +405,182 @@ def work_folder(path):
             raise SystemExit(
                 f"another run is at work in {path}; give this one a --temp of its own"
             ) from None
+        for partial in path.glob(".part-*.partial"):
+            partial.unlink()
         shutil.rmtree(path / "spill", ignore_errors=True)
         yield
         shutil.rmtree(path / "spill", ignore_errors=True)
 
 
-def make_captions(names, source, files, rows, args, report):
-    """The three stages; adds to the report."""
+@contextlib.contextmanager
+def measure_stage(name: str, report: dict[str, Any]) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds = round(time.monotonic() - start, 2)
+    report["seconds"][name] = report["seconds"].get(name, 0) + seconds
 
-    def tell(bar, result):
-        report["shards"][result["state"]] += 1
-        if result["state"] == "failed":
-            report["failed"][result["shard"]] = result["error"]
-            bar.write(f"{result['shard']}: failed: {result['error']}", file=sys.stderr)
-        else:
-            report["samples"] += result["samples"]
-            report["counts"].update(result["counts"])
 
-    @contextlib.contextmanager
-    def stage(name):
-        start = time.monotonic()
-        yield
-        report["seconds"][name] = report["seconds"].get(name, 0) + round(
-            time.monotonic() - start, 2
-        )
+def add_result(result: Result, report: dict[str, Any], bar: tqdm) -> None:
+    report["shards"][result["state"]] += 1
+    if result["state"] == "failed":
+        report["failed"][result["shard"]] = result["error"]
+        bar.write(f"{result['shard']}: failed: {result['error']}", file=sys.stderr)
+    else:
+        report["samples"] += result["samples"]
+        report["counts"].update(result["counts"])
 
-    listed = {}
-    with stage("uids"), tqdm(total=len(names), desc="uids", unit=" shards") as bar:
-        for result in run_all(
-            functools.partial(list_uids, source=source, output=args.output), names, args.threads
-        ):
+
+def list_all_uids(
+    names: Sequence[str], source: Source, args: argparse.Namespace, report: dict[str, Any]
+) -> list[Result]:
+    """The shards whose uids are listed, in the order of the names."""
+    listed, list_shard = {}, functools.partial(list_uids, source=source, output=args.output)
+    with tqdm(total=len(names), desc="uids", unit=" shards") as bar:
+        for result in run_all(list_shard, names, args.threads):
             if "error" in result:
-                tell(bar, result)
+                add_result(result, report, bar)
             else:
                 listed[result["shard"]] = result
             bar.update()
+    return [listed[name] for name in names if name in listed]
 
+
+def make_captions(
+    listed: Sequence[Result],
+    files: Sequence[Path],
+    rows: int,
+    args: argparse.Namespace,
+    report: dict[str, Any],
+) -> None:
+    """Stages 2 and 3, part by part; adds to the report."""
     stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    metadata = fingerprint(stamps)
-    parts = parts_of([listed[name] for name in names if name in listed], args.part)
-    path_of = {fingerprint(VERSION, metadata, part): part for part in parts}
-    for leftover in args.work.glob("part*.*"):
-        if leftover.stem.removeprefix("part-") not in path_of:
-            leftover.unlink()
-
+    metadata = hash_of(stamps)
+    parts = {
+        args.work / f"part-{hash_of(VERSION, metadata, part)}.parquet": part
+        for part in split_parts(listed, args.part)
+    }
+    for old in set(args.work.glob("part-*.parquet")) - parts.keys():
+        old.unlink()
     with tqdm(total=len(listed), desc="shards", unit=" shards") as bar:
-        for which, part in path_of.items():
-            todo, joined = [], args.work / f"part-{which}.parquet"
+        for joined, part in parts.items():
+            todo = []
             for number, result in enumerate(part):
+                name = result["shard"]
                 made = {"version": VERSION, "metadata": metadata, "shard": result["stamp"]}
-                if record := finished(result["shard"], made, args.output):
-                    tell(bar, {**record, "shard": result["shard"], "state": "already there"})
+                if record := read_record(name, made, args.output):
+                    add_result({**record, "shard": name, "state": "already there"}, report, bar)
                     bar.update()
                 else:
-                    todo.append((number, result["shard"], made))
+                    todo.append((number, name, made))
             if todo and not joined.exists():
-                with stage("join"):
-                    join_part(joined, part, files, rows, args, args.work, report)
-            with stage("shards"):
-                write, failed = (
-                    functools.partial(caption_shard, joined=joined, output=args.output),
-                    False,
-                )
+                with measure_stage("join", report):
+                    join_part(joined, part, files, rows, args, report)
+            states = set()
+            write = functools.partial(write_captions, joined=joined, output=args.output)
+            with measure_stage("shards", report):
                 for result in run_all(write, todo, args.threads):
-                    tell(bar, result)
-                    failed = failed or result["state"] == "failed"
+                    add_result(result, report, bar)
+                    states.add(result["state"])
                     bar.update()
-            if not failed:
+            if "failed" not in states:
                 joined.unlink(missing_ok=True)
 
 
-def main(arguments=None):
+def format_report(report: Mapping[str, Any]) -> str:
+    rows = [("captions", report["samples"]), *sorted(report["counts"].items(), reverse=True)]
+    for state, number in sorted(report["shards"].items(), reverse=True):
+        rows.append((f"shards {state}", number))
+    seconds = ", ".join(f"{stage} {number:.0f}" for stage, number in report["seconds"].items())
+    memory = f"{report['peak_bytes'] / 1e9:.2f} GB of memory"
+    spilled = f"{report['spilled_bytes'] / 1e9:.2f} GB spilled"
+    return f"{format_table(rows)}\nseconds: {seconds}; {memory}, {spilled}"
+
+
+def measure_peak_memory() -> int:
+    """Bytes of the largest process, in Linux. ru_maxrss alone includes that of the parent."""
+    own = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return 1024 * max(int(own[1]) if own else 0, children)
+
+
+def parse_memory(text: str) -> int:
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|TB)", text, re.IGNORECASE)):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no size: expected a number and MB, GB or TB, as in 8GB"
+        )
+    if (size := int(float(found[1]) * UNITS[found[2].upper()])) < 200 * 10**6:
+        raise argparse.ArgumentTypeError(f"{text} is too little: expected at least 200MB")
+    return size
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, cores = parser.add_argument, os.cpu_count() or 1
+    text = "parquet files with the columns uid and text"
+    add("--metadata", required=True, metavar="DIR|GLOB", help=text)
+    text = "reinforcement shards: a folder, or a brace pattern"
+    add("--shards-of", required=True, metavar="DIR|PATTERN", help=text)
+    add("--shards", metavar="PATTERN", help="brace pattern of names; default: all shards")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the caption shards")
+    text = "memory that the join may take; default %(default)s"
+    add("--memory", type=parse_memory, default="8GB", help=text)
+    text = "folder for what the join spills; default: in the output folder"
+    add("--temp", type=Path, metavar="DIR", help=text)
+    text = "threads of the join, and processes of the other stages; default %(default)s"
+    add("--threads", type=int, default=cores, help=text)
+    text = "samples to join at a time; default: --memory / 32 bytes, at most 250 M"
+    add("--part", type=int, metavar="N", help=text)
+    args = parser.parse_args(arguments)
+    if args.part is None:
+        args.part = min(args.memory // MEMORY_A_SAMPLE, MAX_PART)
+    if args.threads < 1 or args.part < 1:
+        parser.error("--threads and --part: expected at least 1")
+    if "{" not in args.shards_of and not Path(args.shards_of).is_dir():
+        parser.error(f"--shards-of {args.shards_of}: no such folder")
+    args.work = (args.temp or args.output / ".captions") / "work"
+    for path in (args.output, args.work):
+        if WILDCARDS & set(str(path)):
+            parser.error(f"{path}: DuckDB takes a path with * ? [ for a pattern; choose another")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     if duckdb is None or int(duckdb.__version__.partition(".")[0]) < 2:
         raise SystemExit(
-            "DuckDB 2 is needed: pip install 'duckdb>=2', or this repository's extra: -e '.[captions]'"
+            "DuckDB 2 is needed: pip install 'duckdb>=2', or pip install '.[captions]'"
         )
-    source = Source.parse(args.shards_of)
-    if source.folder.resolve() in (args.output.resolve(), *args.output.resolve().parents):
-        raise SystemExit(
-            f"--output {args.output} is the folder of the reinforcements or inside; it needs its own"
-        )
-    if not (names := expand(args.shards) if args.shards else source.shards()):
+    source = Source.parse(args.shards_of, "--shards-of")
+    source.check_output(args.output, "--shards-of")
+    names = expand_braces(args.shards) if args.shards else source.shards()
+    if not names:
         raise SystemExit(f"no shards (*.tar) in {source.folder}")
-    if bad := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise SystemExit(
-            f"--shards: names relative to the folder of --shards-of, without '..', not {bad[0]}"
-        )
-    files = metadata_files(args.metadata)
-    rows = open_metadata(files)
-
-    report = {
-        "metadata_rows": rows,
-        "shards": Counter(),
-        "samples": 0,
-        "counts": Counter(),
-        "failed": {},
-    }
-    report |= {"seconds": {}, "spilled_bytes": 0, "peak_bytes": 0}
-    with work_folder(args.work):
-        make_captions(names, source, files, rows, args, report)
-    report["peak_bytes"] = peak_memory()
-    print(table(report))
-    publish_json(args.output / "caption_report.json", {"arguments": vars(args), **report})
+    check_names(names)
+    with duckdb_errors_in_one_line():
+        files = find_metadata(args.metadata)
+        rows = count_rows(files)
+        report: dict[str, Any] = {
+            "metadata_rows": rows,
+            "shards": Counter(),
+            "samples": 0,
+            "counts": Counter(),
+            "failed": {},
+            "seconds": {},
+            "spilled_bytes": 0,
+            "peak_bytes": 0,
+        }
+        with open_work_folder(args.work):
+            with measure_stage("uids", report):
+                listed = list_all_uids(names, source, args, report)
+            make_captions(listed, files, rows, args, report)
+    report["peak_bytes"] = measure_peak_memory()
+    print(format_report(report))
+    publish_json(args.output / REPORT, {"arguments": vars(args), **report})
     if failed := len(report["failed"]):
-        raise SystemExit(f"{failed} of {len(names)} shards failed; caption_report.json says why")
+        raise SystemExit(f"{failed} of {len(names)} shards failed; {REPORT} lists the reasons")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; run it again to go on") from None
-    except BrokenProcessPool:
-        raise SystemExit(
-            "a worker was killed, short of memory perhaps; run it again, with fewer --threads"
-        ) from None
-    except OSError as error:
-        raise SystemExit(str(error)) from None
-    except Exception as error:
-        if interrupted(error):
-            raise SystemExit("interrupted; run it again to go on") from None
-        if duckdb is None or not isinstance(error, duckdb.Error):
-            raise
-        hint = (
-            "; give it more --memory or fewer --threads"
-            if isinstance(error, duckdb.OutOfMemoryException)
-            else ""
-        )
-        raise SystemExit(f"DuckDB: {first_line(error)}{hint}; run it again to go on") from None
+    run_command(main, processes="--threads")

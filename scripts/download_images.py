@@ -1,40 +1,40 @@
-"""Download the images whose addresses shards hold, by img2dataset, into image shards of the same names.
+"""Download the images of shards with img2dataset, into image shards of the same names.
 
-    bash scripts/download_images.sh --shards 0-7         # makes an environment with img2dataset, and starts this in it
-    python scripts/download_images.py --input datasets/DataComp-12M --reinforcements datasets/DataCompDR-12M-noimage \\
-        --output datasets/DataComp-12M-images
+    bash scripts/download_images.sh --shards 0-7    # makes an environment with img2dataset for it
+    python scripts/download_images.py --input datasets/DataComp-12M \\
+        --reinforcements datasets/DataCompDR-12M-noimage --output datasets/DataComp-12M-images
 
---input has the shards with `url.txt`. What the image should be, `sha256`, stands in the `json` of --reinforcements, or
-of the input where that has it: images that have changed since are left out, as their stored embeddings would be wrong.
+--input is the shards with `url.txt`. The sha256 of the image that was embedded is in the `json` of
+--reinforcements, or else of the input. Images that have changed since are skipped, as their stored
+embeddings would be wrong.
 
-Every shard becomes one url list and one image shard of the same name, so that image shards stay aligned with the others
-whichever are asked for. Images have DataComp's settings: at most 512 pixels on the longer side, jpg. Of DataComp's own
-download they lack the blurred faces, as the shards don't say where these are.
+Each shard becomes one image shard of the same name, so image shards stay aligned with the others.
+Images have DataComp's settings: jpg, at most 512 pixels on the longer side. Unlike DataComp's own
+download, this one does not blur faces: the shards do not say where they are.
 
-Leaves in the output folder
-    <shard>.tar            <uid>.jpg, and <uid>.json with uid, url, sha256 (of the bytes as downloaded), width, …
-    <shard>.parquet        every sample of the shard: uid, url, outcome, error_message, sha256, expected_sha256, …
+Outputs
+    <shard>.tar            <uid>.jpg, and <uid>.json: uid, url, sha256 (as downloaded), width, …
+    <shard>.parquet        all samples: uid, url, outcome, error_message, sha256, expected_sha256, …
     <shard>_stats.json     counts, seconds
     download_report.json   the table that is printed, over all shards of the folder
-    img2dataset.log        what img2dataset said
+    img2dataset.log        output of img2dataset
     .img2dataset/          work in progress; empty at the end
 
 The outcome of a sample is one of
     downloaded    it is in the tar
     dead          no such host or page, a server's error, no answer in time, an answer cut off
-    changed       an image, but another one: its sha256 is not the one expected
-    refused       by its server (HTTP 401, 403, 429, 451; X-Robots-Tag: noai, noindex, …), or by this script: an address
-                  that is, or leads to, something else than http and https; an answer longer than MAX_BYTES
-    undecodable   what came is no image that OpenCV reads, such as a web page
+    changed       an image, but its sha256 is not the expected one
+    refused       by the server (HTTP 401, 403, 429, 451; X-Robots-Tag: noai, noindex, …), or here:
+                  an address or redirect that is not http or https, an answer over MAX_BYTES
+    undecodable   not an image that OpenCV reads, such as a web page
 
-A shard gets its name when it is complete. A run that was killed is run again: shards that img2dataset had finished are
-kept, the others begun anew. Several runs may share an output folder; give each --shards of its own. To fetch a shard
-again, remove its tar.
+Run it again at any time. A shard gets its name when it is complete; after a killed run, shards that
+img2dataset had finished are kept and the others start again. Several runs may share an output
+folder; give each its own --shards. To download a shard again, remove its tar.
 
-Safe: addresses come from strangers. Only http and https are spoken, also after a redirect, and what is answered is
-bounded in bytes, seconds and pixels. Leaves out: keeping requests from your own network. Who answers for an
-address may point it at a machine beside yours (what comes is kept only if it is an image); run it where that does no
-harm. How long looking up a host's name may take is the system's setting.
+Addresses come from strangers: only http and https are used, and answers are bounded in bytes,
+seconds and pixels. Does not keep requests from your own network: an address may lead to a machine
+next to yours (only images are kept), so run it where that does no harm.
 """
 
 import argparse
@@ -42,29 +42,39 @@ import contextlib
 import errno
 import fcntl
 import functools
-import glob
-import http.client
 import importlib
 import importlib.util
-import io
 import json
 import os
 import re
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.parse
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-from join_shards import Source, expand, publish, publish_json, run_all, write_tar
-from shard_members import ShardError, open_files, read_contents, read_json
+from lib import http
+from lib.pool import end_with_parent, run_all
+from lib.publish import publish, publish_json, remove_leftovers
+from lib.report import describe_error, format_table, printable, run_command
+from lib.shards import (
+    Contents,
+    Samples,
+    ShardError,
+    Source,
+    check_names,
+    expand_braces,
+    open_files,
+    read_contents,
+    read_json_object,
+)
+from lib.tar_writer import write_tar
 from tqdm import tqdm
 
 IMAGE_SETTINGS = {  # DataComp's
@@ -73,184 +83,86 @@ IMAGE_SETTINGS = {  # DataComp's
     "resize_only_if_bigger": True,
     "encode_format": "jpg",
     "compute_hash": "sha256",
-    "extract_exif": False,  # nothing here reads it, and it tells where people were
+    "extract_exif": False,  # nothing here reads it, and it shows where people were
 }
 OUTCOMES = ("downloaded", "dead", "changed", "refused", "undecodable")
 REFUSED = re.compile(
-    r"disallowed by X-Robots-Tag|HTTP Error (401|403|429|451)\b|unknown url type|Redirection to url .* is not allowed"
-    r"|more than \d+ bytes",
+    r"disallowed by X-Robots-Tag|HTTP Error (401|403|429|451)\b|unknown url type"
+    r"|Redirection to url .* is not allowed|more than \d+ bytes",
     re.DOTALL,
 ).search
 
-# bytes of an answer. img2dataset holds as many as twice its threads in memory, 256 by default: 5 GB a process at the
-# worst, and 8 while the half that is just coming is copied
+# Bytes of an answer. img2dataset holds twice as many answers in memory as it has threads, 256 by
+# default: at worst 5 GB a process, and 8 GB while the last half is copied.
 MAX_BYTES = 20 << 20
-MAX_SECONDS = (
-    120  # for an address, redirects included: a server that drips would hold up its shard for ever
-)
-MAX_PIXELS = 1 << 28  # of an image, 0.8 GB once decoded
-MAX_URL = 1 << 16  # bytes; longer ones are no addresses
+MAX_SECONDS = 120  # of an address with its redirects; a slow server would hold up its shard
+MAX_PIXELS = 1 << 28  # of an image; 0.8 GB once decoded
+MAX_URL = 1 << 16  # bytes
 
 WORK = ".img2dataset"
 LOG = "img2dataset.log"
-SECONDS_BETWEEN_LOOKS = 0.5  # at what img2dataset has finished
-OLD = 3600  # seconds after which a work folder that was never claimed is a killed run's
-SHARDS_PER_PROCESS = 8  # in one run of img2dataset; its lists lie in the work folder meanwhile
-QUIET = {  # img2dataset's libraries would ask their servers for news
+POLL_SECONDS = 0.5  # between two looks for shards that img2dataset has finished
+ABANDONED_SECONDS = 3600  # age at which a work folder that no run has claimed is removed
+SHARDS_PER_PROCESS = 8  # in one run of img2dataset
+QUIET = {  # img2dataset's libraries would contact their servers
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "WANDB_MODE": "disabled",
     "WANDB_ERROR_REPORTING": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+PICKLERS = {"pyspark": "pyspark.cloudpickle", "ray": "ray.cloudpickle"}
+
+Listed = dict[str, Any]  # what write_list returns about a shard; part of batch.json
 
 
-# in img2dataset's processes
-
-
-class Until(io.RawIOBase):
-    """What comes from a socket, up to a point in time: a socket's own timeout begins anew with every byte."""
-
-    def __init__(self, raw, sock, end):
-        self.raw, self.sock, self.timeout, self.end = raw, sock, sock.gettimeout(), end
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"not at its end after {MAX_SECONDS} s")
-        self.sock.settimeout(min(left, self.timeout or left))
-        return self.raw.readinto(buffer)
-
-    def close(self):
-        self.raw.close()
-        super().close()
-
-
-class Answer(http.client.HTTPResponse):
-    """Bounded in seconds, headers and body, and in bytes: img2dataset reads whatever comes, for as long as it comes."""
-
-    def __init__(self, sock, *arguments, end, **keywords):
-        super().__init__(sock, *arguments, **keywords)
-        self.fp = io.BufferedReader(Until(self.fp.detach(), sock, end))
-
-    def read(self):
-        body = bytearray()
-        while piece := self.read1(1 << 16):
-            body += piece
-            if len(body) > MAX_BYTES:
-                raise ValueError(f"more than {MAX_BYTES} bytes")
-        if self.length:  # read1 doesn't mind
-            raise http.client.IncompleteRead(b"", self.length)
-        return bytes(body)
-
-
-class Bounded(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Has every request answered by an :class:`Answer`."""
-
-    def http_request(self, request):
-        request.full_url = urllib.parse.quote(
-            request.full_url, safe=string.punctuation
-        )  # spaces, letters beyond ASCII
-        if not hasattr(request, "end"):  # else it is where a redirect leads
-            request.end = time.monotonic() + MAX_SECONDS
-        return self.do_request_(request)
-
-    https_request = http_request
-
-    def do_open(self, http_class, request, **options):
-        def connection(*arguments, **keywords):
-            made = http_class(*arguments, **keywords)
-            made.response_class = functools.partial(Answer, end=request.end)
-            return made
-
-        return super().do_open(connection, request, **options)
-
-
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Leaves where they lead no more time than is left."""
-
-    def redirect_request(self, request, *arguments):
-        new = super().redirect_request(request, *arguments)
-        new.end = request.end
-        return new
-
-
-def http_opener():
-    """Like urllib's own, but for file, ftp and data: an address or a redirect could ask for those."""
-    proxies = {
-        scheme: proxy
-        for scheme, proxy in urllib.request.getproxies().items()
-        if scheme in ("http", "https")
-    }
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(proxies),
-        urllib.request.UnknownHandler(),
-        Bounded(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        Redirects(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def fetch_shard(settings, row):
-    """What img2dataset's distributor calls, in a process that may be on another machine."""
+# --- in img2dataset's processes -------------------------------------------------------------------
+def fetch_shard(settings: dict[str, Any], row: Any) -> Any:
+    """Called by img2dataset's distributor, in a process that may be on another machine."""
     from img2dataset.downloader import Downloader
 
-    urllib.request.install_opener(http_opener())
+    urllib.request.install_opener(http.bounded_opener(MAX_BYTES, MAX_SECONDS))
     return Downloader(**settings)(row)
 
 
-def fetch(arguments):
-    """Run img2dataset in this process, its downloader behind our opener."""
-    img2dataset = importlib.import_module("img2dataset.main")
+def run_fetch(arguments: dict[str, Any]) -> None:
+    """Run img2dataset in this process, with bounded HTTP in its downloader."""
+    img2dataset: Any = importlib.import_module("img2dataset.main")
     img2dataset.Downloader = lambda **settings: functools.partial(fetch_shard, settings)
+    if pickler := PICKLERS.get(arguments["distributor"]):  # other machines lack our modules
+        importlib.import_module(pickler).register_pickle_by_value(http)
     img2dataset.download(**arguments)
 
 
-def end_with_parent():
-    """Keep no process whose parent was killed; img2dataset's would go on, or wait for ever."""
+# --- before img2dataset: a list of addresses for each shard ---------------------------------------
+class ShardFiles(NamedTuple):
+    """The files of a shard. The names of the stats and in the work folder are img2dataset's."""
 
-    def follow(parent):
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+    tar: Path
+    parquet: Path
+    stats: Path
 
-    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+    @classmethod
+    def of(cls, tar: Path) -> "ShardFiles":
+        return cls(tar, tar.with_suffix(".parquet"), tar.with_name(f"{tar.stem}_stats.json"))
 
-
-# one shard
-
-
-def paths_of(output, name):
-    """A shard's ``(tar, parquet, stats)``; the stats are as img2dataset names them."""
-    tar = output / name
-    return tar, tar.with_suffix(".parquet"), tar.with_name(f"{tar.stem}_stats.json")
+    def exist(self) -> bool:
+        return self.tar.is_file() and self.stats.is_file()
 
 
-def is_finished(output, name):
-    tar, _, stats = paths_of(output, name)
-    return tar.is_file() and stats.is_file()
-
-
-def sha256_in(contents, uid):
+def read_sha256(contents: Contents | None, uid: str) -> str | None:
     members = contents.samples.get(uid, {}) if contents else {}
-    if "json" not in members or uid in contents.refused:
+    if contents is None or "json" not in members or uid in contents.refused:
         return None
-    sha256 = read_json(members["json"]).get("sha256")
-    return (
-        sha256.lower()
-        if isinstance(sha256, str) and re.fullmatch(r"[0-9A-Fa-f]{64}", sha256)
-        else None
-    )
+    sha256 = read_json_object(members["json"]).get("sha256")
+    if isinstance(sha256, str) and re.fullmatch(r"[0-9A-Fa-f]{64}", sha256):
+        return sha256.lower()
+    return None
 
 
-def write_list(item, source, reinforcements, verify):
-    """Write a shard's url list for img2dataset; returns the shard's name, and the list's length or an error."""
+def write_list(
+    item: tuple[Path, str], source: Source, reinforcements: Source | None, verify: bool
+) -> Listed:
+    """Write the url list of a shard ``(path, name)``; returns its counts, or an error."""
     import pyarrow
     from pyarrow import parquet
 
@@ -258,42 +170,32 @@ def write_list(item, source, reinforcements, verify):
     try:
         contents = source.contents(name)
         embedded = reinforcements.contents(name) if reinforcements else None
-        rows, without = [], 0
+        rows, without_url = [], 0
         for uid, members in contents.samples.items():
             if uid in contents.refused:
                 continue
-            url = b""
-            if "url.txt" in members and members["url.txt"].size <= MAX_URL:
-                url = members["url.txt"].read().strip()
-            without += not url
-            if url:
-                expected = (
-                    (sha256_in(embedded, uid) or sha256_in(contents, uid)) if verify else None
-                )
-                rows.append(
-                    {"uid": uid, "url": url.decode("utf-8", "replace"), "expected_sha256": expected}
-                )
+            address = members.get("url.txt")
+            url = address.read().strip() if address and address.size <= MAX_URL else b""
+            if not url:
+                without_url += 1
+                continue
+            sha256 = (read_sha256(embedded, uid) or read_sha256(contents, uid)) if verify else None
+            rows.append((uid, url.decode("utf-8", "replace"), sha256))
         if not rows:
-            raise ShardError("holds no address (url.txt)")
-        schema = pyarrow.schema(
-            [(column, pyarrow.string()) for column in ("uid", "url", "expected_sha256")]
-        )
-        parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
-        return {
-            "name": name,
-            "listed": len(rows),
-            "without_url": without,
-            "unusable": len(contents.refused),
-        }
-    except (ShardError, OSError) as error:
-        return {"name": name, "error": str(error)}
-    except Exception as error:  # whatever a stranger's shard may hold, the others go on
-        return {"name": name, "error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            raise ShardError("has no addresses (url.txt)")
+        columns = dict(zip(("uid", "url", "expected_sha256"), zip(*rows, strict=True), strict=True))
+        schema = pyarrow.schema([(column, pyarrow.string()) for column in columns])
+        parquet.write_table(pyarrow.table(columns, schema), path)
+        counts = {"listed": len(rows), "without_url": without_url}
+        return {"name": name, **counts, "unusable": len(contents.refused)}
+    except Exception as error:  # whatever a stranger's shard causes: the others go on
+        return {"name": name, "error": printable(describe_error(error), 300)}
     finally:
         open_files.close()
 
 
-def outcome(row):
+# --- after img2dataset: one shard gets its name ---------------------------------------------------
+def find_outcome(row: dict[str, Any]) -> str:
     if row["status"] == "success":
         return "changed" if row["expected_sha256"] not in (None, row["sha256"]) else "downloaded"
     if row["status"] == "failed_to_resize":
@@ -301,220 +203,208 @@ def outcome(row):
     return "refused" if REFUSED(row["error_message"] or "") else "dead"
 
 
-def finish(output, shard, batch, number):
-    """Give a shard that img2dataset has finished its name: its tar without the changed images, keyed by uid.
-
-    Args:
-        output: the output folder.
-        shard: what :func:`write_list` returned for it.
-        batch: the work folder.
-        number: the shard's number there.
-
-    Returns:
-        What ``<shard>_stats.json`` holds.
+def read_results(results: ShardFiles, urls: Path) -> tuple[list[dict[str, Any]], Samples, Any]:
+    """img2dataset's rows with their outcomes, in the order of the url list; images; the schema.
 
     Raises:
-        ShardError: img2dataset's files are damaged.
-        SystemExit: the shard can't be written, as on a full disk; the work folder stays, with all that was downloaded.
+        ShardError: img2dataset has lost samples: it goes on after a failed write.
     """
     import pyarrow
     from pyarrow import parquet
 
-    tar, table, stats = paths_of(output, shard["name"])
-    its_tar, its_table, its_stats = result_paths(batch, number)
+    table = parquet.read_table(results.parquet)
+    found = {row["uid"]: row for row in table.to_pylist()}
+    with open(str(results.tar), "rb") as file:
+        images = read_contents(file).samples
+    rows = []
+    for uid in parquet.read_table(urls)["uid"].to_pylist():
+        row = found.get(uid)
+        if row is None or (row["status"] == "success" and "jpg" not in images.get(uid, {})):
+            raise ShardError(f"img2dataset has lost samples, the first is {uid}; see {LOG}")
+        row |= {"key": uid, "outcome": find_outcome(row)}  # img2dataset's keys are running numbers
+        if row["outcome"] == "changed":  # in img2dataset's words
+            row |= {"status": "failed_to_download", "error_message": "hash mismatch"}
+        rows.append(row)
+    return rows, images, table.schema.append(pyarrow.field("outcome", pyarrow.string()))
+
+
+def finish_shard(output: Path, shard: Listed, batch: Path, number: int) -> dict[str, Any]:
+    """Write the shard that img2dataset has finished: its tar without changed images, keyed by uid.
+
+    Args:
+        output: the output folder.
+        shard: as :func:`write_list` returned it.
+        batch: the work folder.
+        number: the shard's number there.
+
+    Returns:
+        the content of ``<shard>_stats.json``.
+
+    Raises:
+        ShardError: img2dataset's files are damaged.
+        SystemExit: the shard cannot be written, for example because the disk is full; the work
+            folder remains, with all that was downloaded.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    files, results = ShardFiles.of(output / shard["name"]), result_files(batch, number)
     try:
-        tar.parent.mkdir(parents=True, exist_ok=True)
-        for path in (tar, table, stats):
-            for leftover in path.parent.glob(
-                f".{glob.escape(path.name)}.*.partial"
-            ):  # of a run that was killed
-                leftover.unlink(missing_ok=True)
-        seconds = json.loads(its_stats.read_text())["duration"]
-        held = parquet.read_table(its_table)
-        by_uid = {row["uid"]: row for row in held.to_pylist()}
-        images = {}
-        if any(
-            row["status"] == "success" for row in by_uid.values()
-        ):  # Python 3.10's tarfile fails on an empty tar
-            with open(str(its_tar), "rb") as file:
-                images = read_contents(file).samples
-        rows = []
-        for uid in parquet.read_table(batch / "lists" / shard["list"])[
-            "uid"
-        ].to_pylist():  # in the shard's order
-            row = by_uid.get(uid)
-            if row is None or (row["status"] == "success" and "jpg" not in images.get(uid, {})):
-                # img2dataset goes on after a failed write: with a full disk, this would be a shard without images
-                raise ShardError(
-                    f"img2dataset lost samples on the way, {uid} for one; {LOG} says why"
-                )
-            row |= {
-                "key": uid,
-                "outcome": outcome(row),
-            }  # for img2dataset, keys are running numbers
-            if row["outcome"] == "changed":
-                row |= {
-                    "status": "failed_to_download",
-                    "error_message": "hash mismatch",
-                }  # img2dataset's words
-            rows.append(row)
+        for path in files:
+            remove_leftovers(path)
+        seconds = json.loads(results.stats.read_text())["duration"]
+        rows, images, schema = read_results(results, batch / "lists" / shard["list"])
+        downloaded = [row for row in rows if row["outcome"] == "downloaded"]
 
-        def samples():
-            for row in rows:
-                if row["outcome"] == "downloaded":
-                    record = {column: value for column, value in row.items() if column != "outcome"}
-                    yield (
-                        row["uid"],
-                        {"jpg": images[row["uid"]]["jpg"], "json": json.dumps(record).encode()},
-                    )
+        def write_parquet(file: BinaryIO) -> None:
+            parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
 
-        schema = held.schema.append(pyarrow.field("outcome", pyarrow.string()))
-        publish(
-            table, lambda file: parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
-        )
+        def samples() -> Iterator[tuple[str, dict[str, Any]]]:
+            for row in downloaded:
+                about = {column: value for column, value in row.items() if column != "outcome"}
+                image = images[row["uid"]]["jpg"]
+                yield row["uid"], {"jpg": image, "json": json.dumps(about).encode()}
+
         counts = Counter(row["outcome"] for row in rows)
-        about = {
+        stats = {
             "count": len(rows),
             "seconds": round(seconds, 1),
             "outcomes": {name: counts[name] for name in OUTCOMES},
             "without_url": shard["without_url"],
-            "unusable": shard.get("unusable", 0),  # a list of an earlier version has none
-            "unverified": sum(
-                row["outcome"] == "downloaded" and not row["expected_sha256"] for row in rows
-            ),
+            "unusable": shard.get("unusable", 0),  # earlier versions did not count them
+            "unverified": sum(not row["expected_sha256"] for row in downloaded),
         }
-        publish_json(stats, about)
-        publish(
-            tar, lambda file: write_tar(file, samples())
-        )  # last: with it, the shard is finished
-        return about
+        publish(files.parquet, write_parquet)
+        publish_json(files.stats, stats)
+        publish(files.tar, lambda file: write_tar(file, samples()))  # last: the shard is finished
+        return stats
     except OSError as error:
-        if error.errno in (
-            None,
-            errno.ENOENT,
-        ):  # pyarrow's, of a damaged file; or img2dataset wasn't done with it
-            raise ShardError(f"what img2dataset left of it can't be read: {error}") from error
+        if error.errno in (None, errno.ENOENT):  # pyarrow's; or img2dataset has not finished it
+            raise ShardError(f"img2dataset's files of it can't be read: {error}") from error
         raise SystemExit(
-            f"{tar}: {error.strerror}: make room there, and run it again; what was downloaded is kept in {batch}"
+            f"{files.tar}: {error.strerror}: make room there, and run it again; what was "
+            f"downloaded is kept in {batch}"
         ) from None
     finally:
         open_files.close()
 
 
-# batches of shards, each one run of img2dataset
-
-
-def result_paths(batch, number):
-    return tuple(
-        batch / "shards" / f"{number:08d}{ending}" for ending in (".tar", ".parquet", "_stats.json")
-    )
-
-
-def finish_ready(batch, output, shards, bar):
-    """Finish what img2dataset has; returns the shards that are left, by number, and adds what is wrong to the bar."""
-    left = {}
-    for number, shard in shards.items():
-        results = result_paths(batch, number)
-        try:
-            json.loads(results[-1].read_text())  # written last
-        except (OSError, ValueError):
-            left[number] = shard
-            continue
-        try:
-            bar.tell(finish(output, shard, batch, number))
-        except ShardError as error:
-            bar.fail(shard["name"], str(error))
-        for path in results[:2]:
-            path.unlink(missing_ok=True)  # the disk need not hold it twice
-    return left
-
-
+# --- batches of shards, each one run of img2dataset -----------------------------------------------
 class Progress(tqdm):
-    """A bar over shards, that keeps count of what came and what failed."""
+    """A bar over shards, which counts the images and the shards that failed."""
 
-    def __init__(self, total):
+    def __init__(self, total: int) -> None:
         super().__init__(total=total, unit="shard", smoothing=0, disable=not total)
-        self.failed, self.samples, self.images = {}, 0, 0
+        self.failed: dict[str, str] = {}
+        self.samples = self.images = 0
 
-    def tell(self, stats):
+    def add(self, stats: dict[str, Any]) -> None:
         self.samples += stats["count"]
         self.images += stats["outcomes"]["downloaded"]
         self.set_postfix_str(f"{self.images:,} images of {self.samples:,} addresses", refresh=False)
         self.update()
 
-    def fail(self, name, why):
-        self.failed[name] = why
-        self.write(f"{name}: failed: {why}", file=sys.stderr)
+    def fail(self, name: str, reason: str) -> None:
+        self.failed[name] = reason
+        self.write(f"{name}: failed: {reason}", file=sys.stderr)
 
 
-def claim_batch(output):
-    """A new work folder, locked for as long as the returned file is open."""
+def result_files(batch: Path, number: int) -> ShardFiles:
+    return ShardFiles.of(batch / "shards" / f"{number:08d}.tar")
+
+
+def finish_ready(
+    batch: Path, output: Path, shards: dict[int, Listed], bar: Progress
+) -> dict[int, Listed]:
+    """Finish the shards that img2dataset has finished; returns the others, by number."""
+    left = {}
+    for number, shard in shards.items():
+        results = result_files(batch, number)
+        try:
+            json.loads(results.stats.read_text())  # written last
+        except (OSError, ValueError):
+            left[number] = shard
+            continue
+        try:
+            bar.add(finish_shard(output, shard, batch, number))
+        except ShardError as error:
+            bar.fail(shard["name"], str(error))
+        results.tar.unlink(missing_ok=True)  # so that the disk need not hold it twice
+        results.parquet.unlink(missing_ok=True)
+    return left
+
+
+@contextlib.contextmanager
+def claim_batch(output: Path) -> Iterator[Path]:
+    """A new work folder, locked meanwhile; removed at the end, but not after an error."""
     work = output / WORK
     work.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix="new-", dir=work))
-    lock = open(new / "lock", "w")  # noqa: SIM115, the caller closes it
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    batch = new.rename(
-        work / new.name.replace("new-", "batch-")
-    )  # locked before another run can see it
-    for folder in ("lists", "shards"):
-        (batch / folder).mkdir()
-    return batch, lock
+    with open(new / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Other runs look for batches only, so this one is locked before they see it.
+        batch = new.rename(work / new.name.replace("new-", "batch-"))
+        for folder in ("lists", "shards"):
+            (batch / folder).mkdir()
+        yield batch
+        shutil.rmtree(batch)
 
 
-def rescue(output):
-    """Keep what runs that were killed had finished, and remove their work folders."""
-    for new in (output / WORK).glob(
-        "new-*"
-    ):  # one of a run that is alive is so called for a moment only
+def recover_batches(output: Path) -> None:
+    """Finish the shards that killed runs have left finished, and remove their work folders."""
+    for new in (output / WORK).glob("new-*"):  # a live run uses this name only for a moment
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - new.stat().st_mtime > OLD:
+            if time.time() - new.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(new)
     for batch in (output / WORK).glob("batch-*"):
         with contextlib.suppress(FileNotFoundError), open(batch / "lock", "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                continue  # a run that is alive
-            shards = {}
+                continue  # of a live run
+            shards: dict[str, Listed] = {}
             with contextlib.suppress(OSError, ValueError):
                 shards = json.loads((batch / "batch.json").read_text())
             for number, shard in shards.items():
-                if not is_finished(output, shard["name"]):
-                    with contextlib.suppress(
-                        Exception
-                    ):  # unfinished, or damaged: it is fetched again
-                        finish(output, shard, batch, int(number))
+                if not ShardFiles.of(output / shard["name"]).exist():
+                    # Unfinished or damaged ones are downloaded again.
+                    with contextlib.suppress(Exception):
+                        finish_shard(output, shard, batch, int(number))
             shutil.rmtree(batch)
 
 
-def run_batch(names, sources, args, bar):
-    """List the addresses of some shards, let img2dataset fetch them, and give each its name as it is finished."""
-    batch, lock = claim_batch(args.output)
-    with lock:
+def run_batch(
+    names: Sequence[str],
+    source: Source,
+    reinforcements: Source | None,
+    args: argparse.Namespace,
+    bar: Progress,
+) -> None:
+    """List the addresses of some shards, have img2dataset download them, and finish the shards."""
+    with claim_batch(args.output) as batch:
         items = [(batch / "lists" / f"{i:08d}.parquet", name) for i, name in enumerate(names)]
-        lister = functools.partial(write_list, verify=not args.no_verify_hash, **sources)
-        lists = {listed["name"]: listed for listed in run_all(lister, items, args.processes)}
-        shards = {}
-        for (
-            path,
-            name,
-        ) in items:  # img2dataset numbers its shards by the lists that are there, in their order
-            if "error" in lists[name]:
-                bar.fail(name, lists[name]["error"])
+        verify = not args.no_verify_hash
+        lister = functools.partial(
+            write_list, source=source, reinforcements=reinforcements, verify=verify
+        )
+        listed = {found["name"]: found for found in run_all(lister, items, args.processes)}
+        shards: dict[int, Listed] = {}
+        for path, name in items:  # img2dataset numbers its shards by the existing lists, in order
+            if "error" in listed[name]:
+                bar.fail(name, listed[name]["error"])
             else:
-                shards[len(shards)] = {**lists[name], "list": path.name}
+                shards[len(shards)] = {**listed[name], "list": path.name}
         if shards:
             publish_json(batch / "batch.json", shards)
-            longest = max(shard["listed"] for shard in shards.values())
-            shards = run_img2dataset(batch, shards, longest, args, bar)
+            shards = run_img2dataset(batch, shards, args, bar)
         for shard in shards.values():
-            bar.fail(shard["name"], f"img2dataset did not finish it; {LOG} says why")
-        shutil.rmtree(batch)
+            bar.fail(shard["name"], f"img2dataset did not finish it; see {LOG}")
 
 
-def run_img2dataset(batch, shards, longest, args, bar):
-    """Returns the shards that it did not finish, by number."""
+def run_img2dataset(
+    batch: Path, shards: dict[int, Listed], args: argparse.Namespace, bar: Progress
+) -> dict[int, Listed]:
+    """Download and finish shards; returns those that img2dataset did not finish, by number."""
     arguments = {
         **IMAGE_SETTINGS,
         "url_list": str(batch / "lists"),
@@ -522,7 +412,8 @@ def run_img2dataset(batch, shards, longest, args, bar):
         "save_additional_columns": ["uid", "expected_sha256"],
         "output_folder": str(batch / "shards"),
         "output_format": "webdataset",
-        "number_sample_per_shard": longest,  # so that each list becomes one shard
+        # as many as the longest list has, so that each list becomes one shard
+        "number_sample_per_shard": max(shard["listed"] for shard in shards.values()),
         "oom_shard_count": 8,  # digits
         "processes_count": args.processes,
         "thread_count": args.threads,
@@ -531,57 +422,48 @@ def run_img2dataset(batch, shards, longest, args, bar):
         "distributor": args.distributor,
     }
     defaults = {"OPENCV_IO_MAX_IMAGE_PIXELS": str(MAX_PIXELS), "PYSPARK_PYTHON": sys.executable}
-    environment = {**defaults, **os.environ, **QUIET}
-    command = [sys.executable, __file__, "--fetch", json.dumps(arguments)]
     with open(args.output / LOG, "ab") as log:
         begin = log.tell()
-        # in a session of its own, as Ctrl-C is for this process
         process = subprocess.Popen(
-            command,
+            [sys.executable, __file__, "--fetch", json.dumps(arguments)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environment,
-            start_new_session=True,
+            env={**defaults, **os.environ, **QUIET},
+            start_new_session=True,  # Ctrl-C is for this process
         )
     try:
-        while True:
-            ended = process.poll() is not None  # before the look at what is finished
+        ended = False
+        while not ended:
+            ended = process.poll() is not None  # asked before looking for finished shards
             shards = finish_ready(batch, args.output, shards, bar)
-            if ended:
-                break
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            if not ended:
+                time.sleep(POLL_SECONDS)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if process.returncode:  # it ends with 0 where shards failed
+    if process.returncode:  # it is 0 if only shards failed
         with open(args.output / LOG, "rb") as log:
             log.seek(begin)
-            said = (log.read().decode("utf-8", "replace").strip() or "nothing").splitlines()[-1]
+            lines = log.read().decode("utf-8", "replace").strip().splitlines() or ["nothing"]
         bar.close()
         raise SystemExit(
-            f"img2dataset ended with status {process.returncode}; in {args.output / LOG}: {said[:300]}"
+            f"img2dataset ended with status {process.returncode}; the last line in "
+            f"{args.output / LOG} is: {printable(lines[-1], 300)}"
         )
     return shards
 
 
-# telling
-
-
-def report_on(output):
-    """The counts of all finished shards in the output folder, those of other runs too."""
-    report = {
-        "shards": 0,
-        "samples": 0,
-        "outcomes": Counter(),
-        "without_url": 0,
-        "unusable": 0,
-        "unverified": 0,
-    }
+# --- the report -----------------------------------------------------------------------------------
+def make_report(output: Path) -> dict[str, Any]:
+    """The counts of all finished shards in the output folder, also those of other runs."""
+    report: dict[str, Any] = {"shards": 0, "samples": 0, "outcomes": Counter()}
+    report |= {"without_url": 0, "unusable": 0, "unverified": 0}
     for path in sorted(output.rglob("*_stats.json")):
-        name = path.with_name(f"{path.name.removesuffix('_stats.json')}.tar").relative_to(output)
-        if any(part.startswith(".") for part in name.parts) or not is_finished(output, name):
+        files = ShardFiles.of(path.with_name(f"{path.name.removesuffix('_stats.json')}.tar"))
+        hidden = any(part.startswith(".") for part in path.relative_to(output).parts)
+        if hidden or not files.exist():
             continue
         try:
             stats = json.loads(path.read_text())
@@ -589,8 +471,9 @@ def report_on(output):
             stats = None
         if not isinstance(stats, dict) or "outcomes" not in stats:
             raise SystemExit(
-                f"{output / name} is not of this script, by its {path.name}; img2dataset itself may have made it: name "
-                "another --output. scripts/join_datacompdr12m.sh takes such shards as they are"
+                f"{files.tar} is not of this script, judging by {path.name}; img2dataset itself "
+                "may have made it: choose another --output. scripts/join_datacompdr12m.sh takes "
+                "such shards as they are"
             )
         report["shards"] += 1
         report["samples"] += stats["count"]
@@ -600,199 +483,148 @@ def report_on(output):
     return report
 
 
-def table(report, output):
-    told = {"changed": "changed (sha256 differs)"}
-    rows = [(told.get(name, name), report["outcomes"][name]) for name in OUTCOMES]
-    if report["without_url"]:
-        rows.append(("without an address in the shard", report["without_url"]))
-    if report["unusable"]:
-        rows.append(("unusable in the shard (uid, json or name)", report["unusable"]))
-    if report["unverified"]:
-        rows.append(("downloaded, no sha256 to compare", report["unverified"]))
-    width = max(len(label) for label, _ in rows)
-    whole = max(report["samples"], 1)
-    lines = [f"{label:<{width}}  {number:>13,}  {number / whole:>6.1%}" for label, number in rows]
-    lines.append(
-        f"{report['shards']:,} shards in {output}; each sample's outcome and error_message: <shard>.parquet"
+def format_report(report: dict[str, Any], output: Path) -> str:
+    labels = {"changed": "changed (sha256 differs)"}
+    rows = [(labels.get(name, name), report["outcomes"][name]) for name in OUTCOMES]
+    for label, count in (
+        ("without an address in the shard", report["without_url"]),
+        ("unusable in the shard (uid, json or name)", report["unusable"]),
+        ("downloaded, no sha256 to compare", report["unverified"]),
+    ):
+        if count:
+            rows.append((label, count))
+    where = "outcome and error_message of each sample are in <shard>.parquet"
+    return (
+        f"{format_table(rows, report['samples'])}\n{report['shards']:,} shards in {output}; {where}"
     )
-    return "\n".join(lines)
 
 
-# what is asked for
-
-
-def running_number(name):
-    """A shard's number in its data set: 3 for 00000003.tar, 1003 for 01/00000003.tar; None: it has none."""
+# --- the command ----------------------------------------------------------------------------------
+def find_number(name: str) -> int | None:
+    """A shard's number: 3 for 00000003.tar, 1003 for 01/00000003.tar; None for other names."""
     *folders, stem = Path(name).with_suffix("").parts
     if len(folders) > 1 or not all(re.fullmatch(r"[0-9]+", part) for part in (*folders, stem)):
         return None
     return 1000 * int(folders[0] if folders else 0) + int(stem)
 
 
-def choose(wanted, source):
-    """The names of the shards that --shards asks for: A-B by their numbers, a brace pattern, or None for all."""
-    held = source.shards()
-    if not held:
+def choose_names(wanted: str | None, source: Source) -> list[str]:
+    """The shards that --shards names: A-B by their numbers, or a brace pattern; None: all."""
+    names = source.shards()
+    if not names:
         raise SystemExit(f"--input: no shards (*.tar) in {source.folder}")
-    if wanted is None:
-        names = held
-    elif numbers := re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", wanted):
+    if wanted and (numbers := re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", wanted)):
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
         if first > last:
             raise SystemExit(f"--shards {wanted}: the first is greater than the last")
-        names = [
-            name
-            for name in held
-            if (number := running_number(name)) is not None and first <= number <= last
-        ]
-        if len(names) < last - first + 1:
+        count = last - first + 1
+        names = [name for name in names if find_number(name) in range(first, last + 1)]
+        if len(names) < count:
             raise SystemExit(
-                f"--shards {wanted}: {len(names)} of these {last - first + 1} are in {source.folder}; get the others "
-                "first, or ask for fewer"
+                f"--shards {wanted}: {len(names)} of these {count} are in {source.folder}; "
+                "download the others first, or choose fewer"
             )
-    else:
-        names = expand(wanted)
+    elif wanted:
+        names = expand_braces(wanted)
+    check_names(names)
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).suffix != ".tar":
-            raise SystemExit(
-                f"--shards: numbers A-B, or names of tars relative to the input's folder, not {name}"
-            )
         if source.stamp(name) is None:
             raise SystemExit(f"{name} is not in {source.folder}")
     return names
 
 
-def open_source(option, text, output):
-    try:
-        source = Source.parse(text)
-    except SystemExit:
-        raise SystemExit(
-            f"{option} {text}: no such folder; scripts/download_datacompdr12m.sh gets it"
-        ) from None
-    if (
-        output.resolve() == source.folder.resolve()
-        or source.folder.resolve() in output.resolve().parents
-    ):
-        raise SystemExit(
-            f"--output {output} is {option}'s folder or inside it; it needs a folder of its own"
-        )
-    return source
-
-
-def parse_arguments(arguments):
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_option = parser.add_argument
-    add_option("--input", required=True, metavar="DIR|PATTERN", help="shards with url.txt")
-    add_option(
-        "--reinforcements",
-        metavar="DIR|PATTERN",
-        help="shards whose json has the sha256; default: the input",
+    add, source = parser.add_argument, "DIR|PATTERN"
+    add("--input", required=True, metavar=source, help="shards with url.txt")
+    text = "shards with the sha256 in their json; default: the input"
+    add("--reinforcements", metavar=source, help=text)
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the image shards")
+    text = (
+        "by number (1003 is 01/00000003.tar of DataCompDR-1B), or a pattern of names; default: all"
     )
-    add_option("--output", type=Path, required=True, metavar="DIR")
-    add_option(
-        "--shards",
-        metavar="A-B|PATTERN",
-        help="by number (of DataCompDR-1B, 1003 is 01/00000003.tar) or brace pattern of names; default: all",
-    )
-    add_option("--no-verify-hash", action="store_true", help="keep changed images")
-    add_option(
-        "--processes", type=int, default=min(16, os.cpu_count() or 1), help="default %(default)s"
-    )
-    add_option(
-        "--threads",
-        type=int,
-        default=128,
-        help="downloads at a time in each process; default %(default)s",
-    )
-    add_option(
-        "--timeout", type=int, default=10, help="seconds to wait for a server; default %(default)s"
-    )
-    add_option(
-        "--retries",
-        type=int,
-        default=1,
-        help="further tries for an address that failed; default %(default)s",
-    )
-    add_option(
-        "--distributor",
-        choices=["multiprocessing", "pyspark", "ray"],
-        default="multiprocessing",
-        help="img2dataset's; for pyspark and ray, every machine needs img2dataset and the output folder",
-    )
-    add_option(
-        "--batch",
-        type=int,
-        help=f"shards in one run of img2dataset; default {SHARDS_PER_PROCESS} for each process",
-    )
+    add("--shards", metavar="A-B|PATTERN", help=text)
+    add("--no-verify-hash", action="store_true", help="keep images that have changed")
+    cores = min(16, os.cpu_count() or 1)
+    add("--processes", type=int, default=cores, help="number of processes; default %(default)s")
+    text = "downloads at a time in each process; default %(default)s"
+    add("--threads", type=int, default=128, help=text)
+    text = "seconds that a server may be silent; default %(default)s"
+    add("--timeout", type=int, default=10, help=text)
+    text = "further tries for an address that failed; default %(default)s"
+    add("--retries", type=int, default=1, help=text)
+    names = ["multiprocessing", "pyspark", "ray"]
+    text = "img2dataset's; with pyspark and ray all machines need img2dataset and the output folder"
+    add("--distributor", choices=names, default=names[0], help=text)
+    text = f"shards in one run of img2dataset; default {SHARDS_PER_PROCESS} for each process"
+    add("--batch", type=int, help=text)
     args = parser.parse_args(arguments)
     args.batch = args.batch if args.batch is not None else SHARDS_PER_PROCESS * args.processes
-    for option, least in (
-        ("processes", 1),
-        ("threads", 1),
-        ("timeout", 1),
-        ("retries", 0),
-        ("batch", 1),
-    ):
-        if getattr(args, option) < least:
-            parser.error(f"--{option} {getattr(args, option)}: at least {least}")
+    for option in ("processes", "threads", "timeout", "retries", "batch"):
+        least = 0 if option == "retries" else 1
+        if (value := getattr(args, option)) < least:
+            parser.error(f"--{option} {value}: expected at least {least}")
     return args
 
 
-def main(arguments=None):
-    args = parse_arguments(arguments)
-    needed = ["img2dataset", "pyarrow", *({"pyspark", "ray"} & {args.distributor})]
-    if lacking := [module for module in needed if importlib.util.find_spec(module) is None]:
-        raise SystemExit(
-            f"no {lacking[0]} for {sys.executable}: '{sys.executable} -m pip install {lacking[0]}', or start "
-            "scripts/download_images.sh, which makes an environment with img2dataset"
-        )
-    source = open_source("--input", args.input, args.output)
+def open_sources(args: argparse.Namespace) -> tuple[list[str], Source, Source | None]:
+    """The names of the shards, the input, and the reinforcements if their sha256 is needed."""
+    hint = "; scripts/download_datacompdr12m.sh downloads it"
+    source = Source.parse(args.input, "--input", hint)
+    source.check_output(args.output, "--input")
     reinforcements = None
     if args.reinforcements and not args.no_verify_hash:
-        reinforcements = open_source("--reinforcements", args.reinforcements, args.output)
-    names = choose(args.shards, source)
-    if reinforcements and (
-        absent := [name for name in names if reinforcements.stamp(name) is None]
-    ):
-        raise SystemExit(
-            f"{len(absent)} of {len(names)} shards are not in {reinforcements.folder}, {absent[0]} for one: get them "
-            "first, or keep changed images with --no-verify-hash"
-        )
+        reinforcements = Source.parse(args.reinforcements, "--reinforcements", hint)
+        reinforcements.check_output(args.output, "--reinforcements")
+    names = choose_names(args.shards, source)
+    if reinforcements:
+        absent = [name for name in names if reinforcements.stamp(name) is None]
+        if absent:
+            raise SystemExit(
+                f"{len(absent)} of {len(names)} shards are not in {reinforcements.folder}, the "
+                f"first is {absent[0]}: download them first, or keep changed images with "
+                "--no-verify-hash"
+            )
+    return names, source, reinforcements
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    needed = ["img2dataset", "pyarrow", *({"pyspark", "ray"} & {args.distributor})]
+    for module in needed:
+        if importlib.util.find_spec(module) is None:
+            raise SystemExit(
+                f"no {module} for {sys.executable}: run '{sys.executable} -m pip install {module}',"
+                " or scripts/download_images.sh, which makes an environment with img2dataset"
+            )
+    names, source, reinforcements = open_sources(args)
 
     args.output.mkdir(parents=True, exist_ok=True)
-    report_on(args.output)  # ends here if the folder holds shards of others
-    rescue(args.output)
-    todo = [name for name in names if not is_finished(args.output, name)]
+    make_report(args.output)  # exits here if the folder holds shards of others
+    recover_batches(args.output)
+    todo = [name for name in names if not ShardFiles.of(args.output / name).exist()]
     with Progress(len(todo)) as bar:
-        sources = {"source": source, "reinforcements": reinforcements}
         for start in range(0, len(todo), args.batch):
-            run_batch(todo[start : start + args.batch], sources, args, bar)
-    report = report_on(args.output)
+            run_batch(todo[start : start + args.batch], source, reinforcements, args, bar)
+    report = make_report(args.output)
     publish_json(
         args.output / "download_report.json",
         {"arguments": vars(args), **report, "failed": bar.failed},
     )
-    print(table(report, args.output))
+    print(format_report(report, args.output))
     if bar.failed:
         raise SystemExit(
-            f"{len(bar.failed)} of {len(names)} shards failed, see above; run it again to try them again"
+            f"{len(bar.failed)} of {len(names)} shards failed, see above; run it again to retry"
         )
 
 
-if (
-    __name__ == "__mp_main__"
-):  # a process that multiprocessing started, for img2dataset or for the lists
+if __name__ == "__mp_main__":  # a process of img2dataset, or one that writes lists
     end_with_parent()
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--fetch"]:
         end_with_parent()
-        fetch(json.loads(sys.argv[2]))
+        run_fetch(json.loads(sys.argv[2]))
         sys.exit()
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; run it again to go on") from None
-    except OSError as error:
-        raise SystemExit(str(error)) from None
+    run_command(main, processes="--processes")

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by join_datacompdr12m.sh and join_datacompdr1b.sh: starts scripts/join_shards.py on a data set of DataCompDR.
 #
 # Expects ROOT, and CAPTIONS, IMAGES, REINFORCEMENTS, OUTPUT: the names of the variables that hold the four folders.
@@ -22,6 +23,7 @@ join() { # join OPTION …
         *" --report "*) exec "$PYTHON" "$ROOT/scripts/join_shards.py" --output "${!OUTPUT}" --report ;;
     esac
     need "$REINFORCEMENTS" "$REINFORCEMENTS_FROM"
+    # shellcheck disable=SC2153  # IMAGES is set by the script that sources this one
     need "$IMAGES" scripts/download_images.sh
     local images=--source captions=()
     [ -z "$IMAGES_UNALIGNED" ] || images=--unaligned-source

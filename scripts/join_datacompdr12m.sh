@@ -24,6 +24,6 @@ IMAGES=DATACOMP12M_IMAGES_PATH
 REINFORCEMENTS=DATACOMPDR12M_NOIMG_PATH REINFORCEMENTS_FROM=scripts/download_datacompdr12m.sh
 OUTPUT=DATACOMPDR12M_PATH
 
-# shellcheck source=join_datacompdr.sh
+# shellcheck source-path=SCRIPTDIR source=join_datacompdr.sh
 source "$ROOT/scripts/join_datacompdr.sh"
 join "$@"

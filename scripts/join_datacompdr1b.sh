@@ -26,6 +26,6 @@ IMAGES=DATACOMP1B_IMAGES_PATH
 REINFORCEMENTS=DATACOMPDR1B_NOIMG_PATH REINFORCEMENTS_FROM="scripts/download_datacompdr12m.sh --1b"
 OUTPUT=DATACOMPDR1B_PATH
 
-# shellcheck source=join_datacompdr.sh
+# shellcheck source-path=SCRIPTDIR source=join_datacompdr.sh
 source "$ROOT/scripts/join_datacompdr.sh"
 join "$@"

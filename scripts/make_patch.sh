@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Writes open_clip.patch anew from an edited OpenCLIP tree.
+# Write open_clip.patch from an edited OpenCLIP tree.
 #
-#     bash scripts/make_patch.sh [--check] [TREE]        TREE: default open_clip/ at this repository's root
+#     bash scripts/make_patch.sh [--check] [TREE]
 #
+#   TREE       default: open_clip/ at this repository's root
 #   --check    write nothing; exit 1 if open_clip.patch differs from the tree's changes
 #
-# Takes the tree's tracked files against the pinned commit (or, in a tree made of wheels, against what was in them), so
-# the patch comes out the same from either kind of tree, whatever git's settings. configs/ and dr/ are not in the patch:
-# edit them here, not in the tree. Needs a tree as scripts/setup_open_clip.sh or the README's commands leave it.
+# Compares the tree's tracked files with the pinned commit or, in a tree made from the wheels, with
+# the wheels' files. The patch is the same for both kinds of tree and for any git settings. It does
+# not cover configs/ and dr/: edit those here, not in the tree. Works on trees made by
+# scripts/setup_open_clip.sh and on trees made with the commands in the README.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 OPEN_CLIP_COMMIT=${OPEN_CLIP_COMMIT:-cf86ee7ec4658845f640858ecd34d0f15588271a}
-WHEELS_TAG=open_clip_wheels # setup_open_clip.sh marks a tree made of wheels with it
+WHEELS_TAG=open_clip_wheels # marks the unpatched commit of a tree made from the wheels
 PATCH=$ROOT/open_clip.patch
 
 say() { echo "make_patch: $*"; }
@@ -29,35 +31,42 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -d "$tree/.git" ] || fail "$tree is not an OpenCLIP tree (no .git folder in it); make one with scripts/setup_open_clip.sh"
+[ -d "$tree/.git" ] || fail "$tree is not an OpenCLIP tree (it has no .git folder); make one with" \
+    "scripts/setup_open_clip.sh"
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE
 
 base=$WHEELS_TAG
 git -C "$tree" rev-parse -q --verify "$base" >/dev/null || base=$OPEN_CLIP_COMMIT
 git -C "$tree" rev-parse -q --verify "$base^{commit}" >/dev/null ||
-    fail "$tree has no commit $base; check out the pinned commit there, or make a tree with scripts/setup_open_clip.sh"
+    fail "$tree has no commit $base; check out the pinned commit there, or make a tree with" \
+        "scripts/setup_open_clip.sh"
 
-# Spelled out, so that nobody's git configuration changes the patch. Full ids: how short they can be is up to the tree.
+# Every option that changes the text is spelled out, so that the user's git settings do not. Full
+# ids, as the length of short ones depends on the tree.
 new=$(mktemp "$PATCH.tmp-XXXXXX")
 trap 'rm -f "$new"' EXIT
-git -C "$tree" -c core.quotePath=true -c diff.suppressBlankEmpty=false diff --no-color --no-ext-diff --no-textconv \
-    --no-renames --full-index --unified=3 --inter-hunk-context=0 --diff-algorithm=myers --indent-heuristic \
-    --src-prefix=a/ --dst-prefix=b/ -O/dev/null --no-relative "$base" -- >"$new"
-[ -s "$new" ] || fail "$tree has no changes against $base; apply open_clip.patch there first (scripts/setup_open_clip.sh)"
+git -C "$tree" -c core.quotePath=true -c diff.suppressBlankEmpty=false diff --no-color \
+    --no-ext-diff --no-textconv --no-renames --full-index --unified=3 --inter-hunk-context=0 \
+    --diff-algorithm=myers --indent-heuristic --src-prefix=a/ --dst-prefix=b/ -O/dev/null \
+    --no-relative "$base" -- . ':!configs' ':!src/training/dr' >"$new"
+[ -s "$new" ] || fail "$tree has no changes against $base; apply open_clip.patch there first" \
+    "(scripts/setup_open_clip.sh)"
 
 stat=$(git -C "$tree" apply --numstat "$new") # added, removed, path
-say "$(awk '{n += $1 + $2} END {print n " changed lines (added + removed) in " NR " files"}' <<<"$stat")"
+lines=$(awk '{n += $1 + $2} END {print n}' <<<"$stat")
+say "$lines changed lines (added + removed) in $(wc -l <<<"$stat") files"
 elsewhere=$(awk '$3 !~ "^src/training/" {print $3}' <<<"$stat" | paste -sd ' ' -)
 [ -z "$elsewhere" ] || say "note: changed outside src/training/: $elsewhere"
-untracked=$(git -C "$tree" ls-files --others --exclude-standard -- src ':!src/training/dr' | paste -sd ' ' -)
-[ -z "$untracked" ] || say "note: not in the patch, because git does not track it: $untracked (git add -N takes it in)"
+untracked=$(git -C "$tree" ls-files --others --exclude-standard -- src ':!src/training/dr')
+[ -z "$untracked" ] || say "note: the patch does not include the files that git does not track" \
+    "(git add -N includes them): $(paste -sd ' ' - <<<"$untracked")"
 
 if cmp -s "$new" "$PATCH"; then
     say "open_clip.patch is what the tree has"
 elif [ -n "$check" ]; then
     diff -u "$PATCH" "$new" >&2 || true
-    fail "open_clip.patch is not what $tree has (see above: - the patch, + the tree); if the tree is right, run" \
-        "scripts/make_patch.sh, else scripts/setup_open_clip.sh"
+    fail "open_clip.patch is not what $tree has (see above: - the patch, + the tree); if the tree" \
+        "is right, run scripts/make_patch.sh, else scripts/setup_open_clip.sh"
 else
     chmod 644 "$new"
     mv "$new" "$PATCH"

@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# Leaves OpenCLIP at its pinned commit, patched, in open_clip/, ready for
-#     cd open_clip && bash configs/run_datacompdr12m.sh
+# Make open_clip/: OpenCLIP at its pinned commit, with open_clip.patch, configs/ and dr/ applied.
 #
 #     bash scripts/setup_open_clip.sh [--source auto|git|pypi] [--dest DIR] [--force]
 #
-#   --source git    the pinned commit from $OPEN_CLIP_REPO, without its notebooks and pictures
-#            pypi   the same trainer from two wheels, for where GitHub can't be reached (a few files of open_clip/, none
-#                   of which the patch touches, are five weeks newer)
-#            auto   git, or pypi where the repository does not answer within 30 s (default)
-#   --dest DIR      where to (default: open_clip/ at this repository's root)
-#   --force         replace DIR whatever is in it; what was there is kept as DIR.old-<time>
+#   --source git    fetch the pinned commit from $OPEN_CLIP_REPO, without notebooks and pictures
+#            pypi   build the same trainer from two wheels, where GitHub cannot be reached (a few
+#                   files of src/open_clip/ are five weeks newer; the patch touches none of them)
+#            auto   git, or pypi if the repository does not answer within 30 s (default)
+#   --dest DIR      where to make it (default: open_clip/ at this repository's root)
+#   --force         replace DIR, whatever is in it; its old content is kept as DIR.old-<time>
 #
-# Does what one would type by hand: check out, `git apply open_clip.patch`, `cp -r configs .`, `cp -r dr src/training`.
-# Before patching, the six files that the training depends on are compared with the pinned commit's.
+# The changes are committed in the tree's own git repository, on top of the unpatched commit. Run
+# this again at any time: a tree that is up to date is not touched; one made with an older
+# open_clip.patch, configs/ or dr/ is brought up to date in place, without the network, and logs/
+# and other files of yours stay. A tree with your edits, or with files that you added to src/ or
+# configs/, is refused without --force; `git status` in the tree shows them.
 #
-# Run it again at any time. A tree that is right is left alone; one made from an older open_clip.patch, configs/ or dr/
-# is brought up to date in place, without the network; logs/ and other files of yours are not touched. A tree in which
-# you edited, or added to src/ or configs/, is refused unless --force.
-#
-# Needs git >= 2.25, and for pypi a Python with pip. Leaves nothing outside DIR; what it left in DIR is listed in
-# DIR/.git/dr-setup/manifest.
+# Needs git >= 2.25, and for pypi a Python with pip. Writes nothing outside DIR.
 set -euo pipefail
+shopt -s inherit_errexit
 
+# --- settings -------------------------------------------------------------------------------------
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 SOURCE=${SOURCE:-auto}
 DEST=${DEST:-$ROOT/open_clip}
-OPEN_CLIP_REPO=${OPEN_CLIP_REPO:-https://github.com/mlfoundations/open_clip.git}      # or a path of this machine
-OPEN_CLIP_COMMIT=${OPEN_CLIP_COMMIT:-cf86ee7ec4658845f640858ecd34d0f15588271a}         # the six ids below hold anyway
-PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}                              # only pypi needs it
-PYTHON=${PYTHON:-python3}
-WHEELS=(open_clip_torch==2.26.1:open_clip open_clip_torch==2.24.0:training)            # what to take from which
-WHEELS_TAG=open_clip_wheels                                                            # marks a tree made of wheels
+OPEN_CLIP_REPO=${OPEN_CLIP_REPO:-https://github.com/mlfoundations/open_clip.git} # or a local path
+OPEN_CLIP_COMMIT=${OPEN_CLIP_COMMIT:-cf86ee7ec4658845f640858ecd34d0f15588271a}
 REACH_SECONDS=${REACH_SECONDS:-30}
+PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}} # used by pypi only
+PYTHON=${PYTHON:-python3}
+WHEELS=(open_clip_torch==2.26.1:open_clip open_clip_torch==2.24.0:training) # wheel:package
+WHEELS_TAG=open_clip_wheels # marks the unpatched commit of a tree made from the wheels
+ME=setup_open_clip          # author of the commits made here
 PINNED_BLOBS="\
 86b44862f46ef483665d555da33c3a5c1c499416 src/open_clip/factory.py
 5beaab1c32ae2a826261c337b47548adf77b53de src/open_clip/loss.py
@@ -53,168 +53,139 @@ while [ $# -gt 0 ]; do
         *) fail "found '$1', expected --source, --dest, --force or --help" ;;
     esac
 done
-case $SOURCE in auto | git | pypi) ;; *) fail "found --source $SOURCE, expected auto, git or pypi" ;; esac
-for part in open_clip.patch configs dr; do
-    [ -e "$ROOT/$part" ] || fail "$ROOT/$part is missing; restore it (git checkout -- $part) and run this again"
-done
+[[ $SOURCE =~ ^(auto|git|pypi)$ ]] || fail "found --source $SOURCE, expected auto, git or pypi"
 
-# Everything is built in $work and moved into place when it is whole, so an interrupted run leaves nothing half-made.
+# A new tree is built in $work and moved into place when it is complete.
 DEST=$(realpath -m "$DEST")
 [ ! -d "$OPEN_CLIP_REPO" ] || OPEN_CLIP_REPO=$(realpath "$OPEN_CLIP_REPO")
 mkdir -p "$(dirname "$DEST")"
 work=$(mktemp -d "$DEST.tmp-XXXXXX")
 trap 'rm -rf "$work"' EXIT
-new=$work/tree
-manifest=$DEST/.git/dr-setup/manifest
-or_force="--force (the tree will be kept as $(basename "$DEST").old-<time>)"
+or_force="or use --force (the tree will be kept as $(basename "$DEST").old-<time>)"
 export LC_ALL=C GIT_TERMINAL_PROMPT=0
-export GIT_CEILING_DIRECTORIES=$work # in $new, git must not take the repository around it for its own
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE
 
-# --- where the unpatched files come from; each leaves them in $new -----------------------------------------------
-
-reach_repo() { # or say why not
-    timeout "$REACH_SECONDS" git ls-remote -q "$OPEN_CLIP_REPO" HEAD 2>"$work/why" >/dev/null && return
-    [ $? -ne 124 ] || echo "no answer within $REACH_SECONDS s" >"$work/why"
-    head -1 "$work/why"
-    return 1
-}
-
+# --- the unpatched tree, in the empty repository of the current folder ----------------------------
 from_git() {
-    git init -q "$new"
-    git -C "$new" config core.autocrlf false
-    git -C "$new" remote add origin "$OPEN_CLIP_REPO"
-    case $OPEN_CLIP_REPO in
-        /* | file://*) # a local repository may forbid to fetch one commit without its blobs
-            git -C "$new" config remote.origin.uploadpack \
-                "git -c uploadpack.allowFilter=true -c uploadpack.allowAnySHA1InWant=true upload-pack" ;;
-    esac
-    git -C "$new" sparse-checkout init --cone
-    git -C "$new" sparse-checkout set src tests
-    git -C "$new" fetch -q --no-tags --depth 1 --filter=blob:none origin "$OPEN_CLIP_COMMIT" &&
-        git -C "$new" checkout -q --detach "$OPEN_CLIP_COMMIT" ||
-        fail "could not get commit $OPEN_CLIP_COMMIT from $OPEN_CLIP_REPO (git's message is above);" \
-            "set OPEN_CLIP_REPO to another clone of OpenCLIP, or use --source pypi"
+    git remote add origin "$OPEN_CLIP_REPO"
+    # A local repository may refuse to serve a single commit without its blobs.
+    [[ $OPEN_CLIP_REPO != /* && $OPEN_CLIP_REPO != file://* ]] ||
+        git config remote.origin.uploadpack "git -c uploadpack.allowFilter=true \
+            -c uploadpack.allowAnySHA1InWant=true upload-pack"
+    git sparse-checkout init --cone
+    git sparse-checkout set src tests configs
+    {
+        git fetch -q --no-tags --depth 1 --filter=blob:none origin "$OPEN_CLIP_COMMIT" &&
+            git checkout -q --detach "$OPEN_CLIP_COMMIT"
+    } || fail "could not get commit $OPEN_CLIP_COMMIT from $OPEN_CLIP_REPO (git's message is" \
+        "above); set OPEN_CLIP_REPO to another clone of OpenCLIP, or use --source pypi"
 }
 
 from_wheels() {
     local wheel package
+    mkdir src
     for wheel in "${WHEELS[@]}"; do
         package=${wheel#*:} wheel=${wheel%:*}
         "$PYTHON" -m pip download -qq --disable-pip-version-check --no-deps --only-binary :all: \
             -d "$work/$package" "$wheel" ||
-            fail "'$PYTHON -m pip download $wheel' failed (its message is above); set PYTHON to a Python that has" \
-                "pip and reaches a package index, or use --source git"
+            fail "'$PYTHON -m pip download $wheel' failed (its message is above); set PYTHON to a" \
+                "Python that has pip and reaches a package index, or use --source git"
         "$PYTHON" -m zipfile -e "$work/$package"/*.whl "$work/$package"
-        mkdir -p "$new/src"
-        mv "$work/$package/$package" "$new/src/"
+        mv "$work/$package/$package" src/
     done
-    git init -q "$new"
-    git -C "$new" config core.autocrlf false
-    printf '%s\n' __pycache__/ '*.egg-info/' logs/ wandb/ >>"$new/.git/info/exclude" # OpenCLIP's .gitignore has these
-    git -C "$new" add -A
-    GIT_AUTHOR_DATE="2024-05-29 00:00 +0000" GIT_COMMITTER_DATE="2024-05-29 00:00 +0000" \
-        git -C "$new" -c user.name=setup_open_clip -c user.email=setup_open_clip -c commit.gpgsign=false \
-        commit -q --no-verify -m "Unpatched, from ${WHEELS[*]}"
-    git -C "$new" -c tag.gpgsign=false tag "$WHEELS_TAG"
+    # The lines of OpenCLIP's .gitignore that matter; the wheels do not have it.
+    printf '%s\n' __pycache__/ '*.egg-info/' logs/ wandb/ >>.git/info/exclude
+    git add -A
+    git checkout -q --detach "$(commit "$(git write-tree)" -m "Unpatched, from ${WHEELS[*]}")"
+    git update-ref "refs/tags/$WHEELS_TAG" HEAD
 }
 
-from_dest() { # the files only, from the tree that is there
-    local base=$WHEELS_TAG
-    SOURCE=pypi
-    if ! git -C "$DEST" rev-parse -q --verify "$base" >/dev/null; then
-        base=$OPEN_CLIP_COMMIT SOURCE=git
-        git -C "$DEST" rev-list HEAD 2>/dev/null | grep -x "$base" >/dev/null ||
-            fail "$DEST is a git repository, but not at commit $base; choose another --dest, or $or_force"
-    fi
-    mkdir "$new"
-    (
-        export GIT_INDEX_FILE=$work/index # the tree's own index stays as it is
-        cd "$DEST"
-        git read-tree "$base"
-        git ls-files -z -- src tests ':(glob)*' | git checkout-index -z --stdin --prefix="$new/"
-    )
+commit() { # commit TREE OPTION …: print the id of a commit, the same for the same arguments
+    GIT_AUTHOR_NAME=$ME GIT_AUTHOR_EMAIL=$ME GIT_AUTHOR_DATE="2024-05-29 00:00 +0000" \
+        GIT_COMMITTER_NAME=$ME GIT_COMMITTER_EMAIL=$ME GIT_COMMITTER_DATE="2024-05-29 00:00 +0000" \
+        git commit-tree "$@"
 }
 
-# --- from those to the finished tree -----------------------------------------------------------------------------
-
-hash_files() ( # in folder $1, paths on stdin -> sorted "blob path" lines of those that exist
-    cd "$1"
-    sort -u | while IFS= read -r path; do [ ! -f "$path" ] || echo "$path"; done >"$work/paths"
-    git hash-object --no-filters --stdin-paths <"$work/paths" | paste -d ' ' - "$work/paths" | sort
+# --- the patched tree -----------------------------------------------------------------------------
+patched_tree() ( # print the id of $base's files with open_clip.patch, configs/ and dr/ applied
+    export GIT_INDEX_FILE=$work/index # the tree's own index stays as it is
+    mkdir -p "$work/ours/src/training"
+    cp -r "$ROOT/configs" "$work/ours/"
+    cp -r "$ROOT/dr" "$work/ours/src/training/"
+    find "$work/ours" -name __pycache__ -prune -exec rm -rf {} +
+    git read-tree "$base"
+    git apply --cached --whitespace=nowarn "$ROOT/open_clip.patch" ||
+        fail "open_clip.patch does not apply (git's message is above)"
+    git -c core.sparseCheckout=false --work-tree="$work/ours" add -f --no-all .
+    git write-tree --missing-ok
 )
 
-patch_tree() { # check, patch and complete $new; list it in $work/expected
-    local want path found
-    while read -r want path; do
-        found=$(git hash-object --no-filters "$new/$path" 2>/dev/null || echo "no such file")
-        [ "$found" = "$want" ] || fail "$path is not the pinned commit's: found $found, expected $want;" \
-            "check OPEN_CLIP_REPO and OPEN_CLIP_COMMIT, or use another --source"
-    done <<<"$PINNED_BLOBS"
-    (cd "$new" && git apply "$ROOT/open_clip.patch") 2>"$work/warnings" && [ ! -s "$work/warnings" ] ||
-        fail "open_clip.patch does not apply cleanly: $(cat "$work/warnings")"
-    cp -r "$ROOT/configs" "$new/"
-    cp -r "$ROOT/dr" "$new/src/training/"
-    find "$new" -name __pycache__ -prune -exec rm -rf {} +
-    (cd "$new" && find . -name .git -prune -o -type f -print | sed 's|^\./||') | hash_files "$new" >"$work/expected"
+unlike_wanted() { # paths on stdin -> those whose files differ from the tree $wanted
+    sort -u | while IFS= read -r path; do
+        blob=$(git rev-parse -q --verify "$wanted:$path") || true # or no such file
+        [ "$(git hash-object "$path" 2>/dev/null)" = "$blob" ] || echo "$path"
+    done
 }
 
-# --- a new tree --------------------------------------------------------------------------------------------------
+update() { # bring the tree in the current folder up to date and set $changed, or refuse it
+    local blob path found edited
+    base=$WHEELS_TAG SOURCE=pypi
+    git rev-parse -q --verify "$base" >/dev/null || base=$OPEN_CLIP_COMMIT SOURCE=git
+    base=$(git rev-parse -q --verify "$base^{commit}") || fail "$DEST is a git repository that" \
+        "does not have commit $OPEN_CLIP_COMMIT; choose another --dest, $or_force"
+    while read -r blob path; do
+        found=$(git rev-parse -q --verify "$base:$path") || found="no such file"
+        [ "$found" = "$blob" ] || fail "$path is not the pinned commit's: found $found," \
+            "expected $blob; check OPEN_CLIP_REPO and OPEN_CLIP_COMMIT, or use another --source"
+    done <<<"$PINNED_BLOBS"
+    [ ! -d .git/dr-setup ] || fail "$DEST was made by an older version of this script, which did" \
+        "not commit; use --force, then move logs/ from the old tree to the new one"
+    [ "$(git rev-parse HEAD)" = "$base" ] || [ "$(git log -1 --format='%P %ce')" = "$base $ME" ] ||
+        fail "$DEST is at a commit that this script did not make, '$(git log -1 --format=%s)';" \
+            "check out $base there, choose another --dest, $or_force"
 
-if [ -n "$force" ] || [ -z "$(ls -A "$DEST" 2>/dev/null)" ]; then
-    if [ "$SOURCE" = auto ]; then
-        SOURCE=git
-        why=$(reach_repo) || { say "can't reach $OPEN_CLIP_REPO ($why): using the two wheels instead"; SOURCE=pypi; }
-    fi
-    if [ "$SOURCE" = git ]; then from_git; else from_wheels; fi
-    patch_tree
-    mkdir "$new/.git/dr-setup"
-    mv "$work/expected" "$new/.git/dr-setup/manifest"
-    if [ -n "$(ls -A "$DEST" 2>/dev/null)" ]; then
-        old=$DEST.old-$(date +%Y%m%d-%H%M%S)
-        mv -T "$DEST" "$old"
-        say "kept what was there, logs included, as $old"
-    fi
-    mv -T "$new" "$DEST"
-    say "made $DEST from $SOURCE"
+    wanted=$(patched_tree)
+    edited=$({
+        git -c core.quotePath=false diff --name-only --no-renames --diff-filter=d HEAD
+        git -c core.quotePath=false ls-files --others --exclude-standard -- src configs
+    } | unlike_wanted)
+    [ -z "$edited" ] || fail "$DEST has edits of yours, nothing was touched; keep them with" \
+        "scripts/make_patch.sh (files of OpenCLIP) or by copying them to configs/ and dr/, then" \
+        "run this again, $or_force:"$'\n'"$(sed 's/^/    /; 20{s/.*/    .../;q}' <<<"$edited")"
+    changed=$({
+        git -c core.quotePath=false diff-tree -r --name-only --no-renames HEAD "$wanted"
+        git -c core.quotePath=false ls-files --deleted
+    } | unlike_wanted | paste -sd ' ' -)
+    git checkout -q --force --detach "$(commit "$wanted" -p "$base" -m "Patched")"
+}
+
+if [ -z "$force" ] && [ -n "$(ls -A "$DEST" 2>/dev/null)" ]; then
+    [ -d "$DEST/.git" ] || fail "$DEST exists and is not a clone of OpenCLIP (no .git folder in" \
+        "it); choose another --dest, $or_force"
+    cd "$DEST"
+    update
+    [ -n "$changed" ] || { say "$DEST (from $SOURCE) is already right, left alone"; exit; }
+    say "brought $DEST up to date: $changed"
     exit
 fi
 
-# --- a tree that is there ----------------------------------------------------------------------------------------
-
-[ -d "$DEST/.git" ] ||
-    fail "$DEST exists and is not a clone of OpenCLIP (no .git folder in it); choose another --dest, or $or_force"
-from_dest
-patch_tree
-
-if [ -f "$manifest" ]; then cp "$manifest" "$work/left"; else touch "$work/left"; fi # what an earlier run left
-{
-    cut -c 42- "$work/left" "$work/expected"
-    git -C "$DEST" -c core.quotePath=false ls-files --cached --others --exclude-standard -- src configs ':!*/__pycache__/*'
-} | hash_files "$DEST" >"$work/found"
-
-sort -u "$work/left" "$work/expected" >"$work/ours"
-comm -23 "$work/found" "$work/ours" | cut -c 42- >"$work/edited"
-comm -13 "$work/found" "$work/expected" | cut -c 42- | sort >"$work/outdated" # or missing
-comm -23 "$work/found" "$work/expected" | cut -c 42- | sort | comm -23 - "$work/outdated" >"$work/gone" # from configs/, dr/
-[ -f "$manifest" ] || cat "$work/outdated" >>"$work/edited" # typed by hand: only an exact match surely holds no edits
-if [ -s "$work/edited" ]; then
-    echo "setup_open_clip: error: $DEST differs from what this script leaves there; nothing was touched. Files:" >&2
-    sort -u "$work/edited" | sed -e 's/^/    /' -e '20{s/.*/    .../;q' -e '}' >&2
-    fail "keep your edits with scripts/make_patch.sh (what the patch touches) or by copying them to configs/ and dr/," \
-        "then run this again; or use $or_force"
+if [ "$SOURCE" = auto ]; then
+    SOURCE=git
+    timeout "$REACH_SECONDS" git ls-remote -q "$OPEN_CLIP_REPO" HEAD >/dev/null 2>"$work/why" || {
+        [ -s "$work/why" ] || echo "no answer within $REACH_SECONDS s" >"$work/why"
+        say "can't reach $OPEN_CLIP_REPO ($(head -1 "$work/why")): using the two wheels instead"
+        SOURCE=pypi
+    }
 fi
-
-mkdir -p "$(dirname "$manifest")"
-if [ -s "$work/outdated" ] || [ -s "$work/gone" ]; then
-    cp "$work/ours" "$manifest" # until all are moved, both the old and the new files are this script's
-    while IFS= read -r path; do rm "$DEST/$path"; done <"$work/gone"
-    while IFS= read -r path; do
-        mkdir -p "$(dirname "$DEST/$path")"
-        mv -fT "$new/$path" "$DEST/$path"
-    done <"$work/outdated"
-    say "brought $DEST up to date: $(sort -u "$work/outdated" "$work/gone" | paste -sd ' ' -)"
-else
-    say "$DEST (from $SOURCE) is already right, left alone"
+git init -q "$work/tree"
+cd "$work/tree"
+git config core.autocrlf false
+if [ "$SOURCE" = git ]; then from_git; else from_wheels; fi
+update
+if [ -n "$(ls -A "$DEST" 2>/dev/null)" ]; then
+    old=$DEST.old-$(date +%Y%m%d-%H%M%S)
+    mv -T "$DEST" "$old"
+    say "kept the old content, logs included, as $old"
 fi
-mv "$work/expected" "$manifest"
+mv -T "$work/tree" "$DEST"
+say "made $DEST from $SOURCE"

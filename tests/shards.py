@@ -38,6 +38,23 @@ def read_shard(path):
         return [(member.name, tar.extractfile(member).read()) for member in tar if member.isfile()]
 
 
+def read_samples(path):
+    """Return ``{key: {extension: bytes}}`` of a tar, in order."""
+    samples = {}
+    for name, data in read_shard(path):
+        key, _, extension = name.partition(".")
+        samples.setdefault(key, {})[extension] = data
+    return samples
+
+
+def read_tars(folder):
+    """Return ``{name: bytes}`` of the tars in a folder and below it."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*.tar"))
+    }
+
+
 # --- reinforced samples -----------------------------------------------------------------------------------------------
 AUGMENTATION = {
     "to_rgb": {"enable": True},

@@ -17,29 +17,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import download_images
 import join_shards
 import numpy as np
 import pytest
 from conftest import environment, run
 from image_server import serving
+from lib.http import bounded_opener
 from PIL import Image
-from shards import encode, picture, read_shard, uid, write_shard
+from shards import encode, picture, read_samples, uid, write_shard
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "download_images.sh"
 INSTALLING = 1200  # seconds that a run may take, the first one's installation included
 QUICK = ("--processes", 1, "--threads", 8, "--timeout", 2, "--retries", 0)
 NAMES = ("downloaded", "dead", "changed (sha256 differs)", "refused", "undecodable")
-
-
-def samples_of(path):
-    """{key: {extension: bytes}} of a shard, in its order."""
-    samples = {}
-    for member, data in read_shard(path):
-        key, _, extension = member.partition(".")
-        samples.setdefault(key, {})[extension] = data
-    return samples
 
 
 class Folders:
@@ -87,7 +78,7 @@ class Folders:
         )
 
     def downloaded(self, name):
-        return samples_of(self.images / name)
+        return read_samples(self.images / name)
 
     def tars(self):
         visible = (path.relative_to(self.images).as_posix() for path in self.images.rglob("*.tar"))
@@ -205,7 +196,7 @@ class Web(Folders):
             self.write(name, [(seed, *self.samples[seed][2:]) for seed in self.seeds(name)])
         for name in ("00000004.tar", "00000008.tar"):
             self.write(name, [(90, server.url("/not-asked-for"), self.plain)])
-        captions = samples_of(self.captions / "00000005.tar")
+        captions = read_samples(self.captions / "00000005.tar")
         write_shard(
             self.captions / "00000005.tar", [*captions.items(), (uid(80), {"txt": b"no address"})]
         )
@@ -250,27 +241,25 @@ def test_nothing_but_http_is_opened(web):
 
 
 @pytest.mark.parametrize(
-    "bound, value, words",
-    [("MAX_BYTES", 1000, "more than 1000 bytes"), ("MAX_SECONDS", -1, "not at its end after")],
+    "bounds, words", [((1000, 10), "more than 1000 bytes"), ((10**6, -1), "not at its end after")]
 )
-def test_answers_are_bounded_in_bytes_and_seconds(server, monkeypatch, bound, value, words):
+def test_answers_are_bounded_in_bytes_and_seconds(server, bounds, words):
     url = server.add("/long", bytes(100_000))
-    assert len(download_images.http_opener().open(url, timeout=10).read()) == 100_000
-    monkeypatch.setattr(download_images, bound, value)
+    assert len(bounded_opener(10**6, 10).open(url, timeout=10).read()) == 100_000
     with pytest.raises((ValueError, TimeoutError), match=words):
-        download_images.http_opener().open(url, timeout=10).read()
+        bounded_opener(*bounds).open(url, timeout=10).read()
 
 
-def test_address_that_drips_is_given_up_in_its_headers_and_over_redirects(server, monkeypatch):
-    monkeypatch.setattr(download_images, "MAX_SECONDS", 1)
+def test_address_that_drips_is_given_up_in_its_headers_and_over_redirects(server):
+    opener = bounded_opener(10**6, 1)
     endless = server.add("/drip", drip=300)
     last = server.add("/drip/0", b"there", drip=6)  # alone it is in time
-    assert download_images.http_opener().open(last, timeout=10).read() == b"there"
+    assert opener.open(last, timeout=10).read() == b"there"
     for i in range(1, 4):
         last = server.add(f"/drip/{i}", status=302, headers={"Location": last}, drip=6)
     for url in (endless, last):
         with pytest.raises(TimeoutError):
-            download_images.http_opener().open(url, timeout=10).read()
+            opener.open(url, timeout=10).read()
 
 
 def test_json_carries_uid_and_the_sha256_of_the_bytes_as_downloaded(web):
@@ -331,7 +320,7 @@ def test_join_takes_the_image_shards(web, tmp_path):
         ]
     )
     for name in web.tars():
-        joined = samples_of(tmp_path / name)
+        joined = read_samples(tmp_path / name)
         assert list(joined) == [uid(seed) for seed in web.seeds(name, "downloaded")]
         for seed in web.seeds(name, "downloaded"):
             assert joined[uid(seed)]["txt"] == f"caption {seed}".encode()
@@ -536,7 +525,7 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
         "00000007.tar is not of this script" in done.stderr.splitlines()[-1]
-        and "name another --output" in done.stderr
+        and "choose another --output" in done.stderr
     )
 
 
@@ -548,16 +537,16 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
     [
         (("--shards", "0-3"), "--shards 0-3: 3 of these 4 are in"),
         (("--shards", "3-1"), "--shards 3-1: the first is greater than the last"),
-        (("--shards", "{0..1}"), "not 0"),
-        (("--shards", "../{00000000..00000001}.tar"), "not ../00000000.tar"),
+        (("--shards", "{0..1}"), "found 0"),
+        (("--shards", "../{00000000..00000001}.tar"), "found ../00000000.tar"),
         (("--shards", "{00000002..00000003}.tar"), "00000003.tar is not in"),
-        (("--processes", "0"), "--processes 0: at least 1"),
+        (("--processes", "0"), "--processes 0: expected at least 1"),
         (("--distributor", "smoke"), "invalid choice: 'smoke'"),
         (("--distributor", "ray"), "no ray for"),
         (("--shards", "2"), "1 of 1 shards are not in"),
         (
             ("--output", "captions/images"),
-            "--output captions/images is --input's folder or inside it",
+            "--output captions/images is the folder of --input or inside it",
         ),
         (("--reinforcements", "nowhere"), "--reinforcements nowhere: no such folder"),
     ],

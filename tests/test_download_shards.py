@@ -169,7 +169,7 @@ def test_files_bytes_and_licences_are_said_before_anything_comes(place):
         f"{hub.url}/datasets/{FP32}" in run.stdout
         and "images have licences of their own" in run.stdout
     )
-    assert "5 files, 5.24MB to bring" in run.stdout and "6 files" in run.stdout
+    assert "5 files, 5.24MB to download" in run.stdout and "6 files" in run.stdout
     assert not place.captions.exists() and not place.reinforcements.exists()
 
 
@@ -220,7 +220,7 @@ def test_second_run_transfers_nothing(place):
         assert place.run(hub, "--shards", "0-1").returncode == 0
         sent = hub.sent()
         run = place.run(hub, "--shards", "0-1")
-        assert run.returncode == 0 and "nothing was brought" in run.stdout
+        assert run.returncode == 0 and "nothing was downloaded" in run.stdout
         assert hub.sent() == sent == bytes_in(place.captions, place.reinforcements)
 
 
@@ -229,7 +229,7 @@ def test_larger_range_brings_only_the_further_shards(place):
         assert place.run(hub, "--shards", "0-1").returncode == 0
         (place.captions / "00000000.tar").unlink()
         run = place.run(hub, "--shards", "0-2")
-        assert run.returncode == 0 and "2 files, 2.62MB to bring" in run.stdout
+        assert run.returncode == 0 and "2 files, 2.62MB to download" in run.stdout
         assert hub.sent("00000000.tar") == 3 * SIZE and hub.sent("00000001.tar") == 2 * SIZE
 
 
@@ -278,7 +278,7 @@ def test_two_runs_at_once_share_the_work(place):
         for process in runs:
             said, errors = process.communicate(timeout=100)
             assert process.returncode == 0, errors
-            files += sum(map(int, re.findall(r"^brought (\d+) files", said, re.MULTILINE)))
+            files += sum(map(int, re.findall(r"^downloaded (\d+) files", said, re.MULTILINE)))
         assert files == len(brought(place.captions)) + len(brought(place.reinforcements)), (
             "each counts its own"
         )
@@ -305,7 +305,7 @@ def test_answer_that_does_not_end_is_ended_soon_after_the_files_size(place, monk
     listed = download_shards.File(
         CAPTIONS, "main", "00000000.tar", 1000, "0" * 64, True, place.captions
     )
-    download_shards.prepare([listed])
+    download_shards.prepare_folders([listed])
     come = []
     with hub_server(place.repos) as hub:  # whose file has SIZE bytes
         url = f"{hub.url}/datasets/{CAPTIONS}/resolve/main/00000000.tar"
@@ -365,7 +365,7 @@ def test_disk_that_is_too_small_is_refused_before_anything_comes(place):
             if status:
                 assert (
                     hub.sent() == 0
-                    and "5.24MB are to be brought" in run.stderr
+                    and "5.24MB are to be downloaded" in run.stderr
                     and "3.15MB free" in run.stderr
                 )
                 assert len(run.stderr.strip().splitlines()) == 1 and ".tar" not in run.stdout

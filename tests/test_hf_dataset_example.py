@@ -10,14 +10,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import draw_sample
 import numpy as np
 import pytest
 import torch
 from hub_server import hub_server
 from image_server import serving
+from lib import http_image
+from lib.reinforcement import Reinforcement
 from PIL import Image, ImageOps
 from shards import encode, picture, stored_embeddings, uid, write_shard
 
+import dr.tar
 import hf_dataset_example as example
 from dr.sample import BadSample
 from dr.transforms import compose_from_config
@@ -41,7 +45,7 @@ def parameters(augmentations):
 
 
 def sample(seed, url, joined=False, bf16=False, augmentations=30, captions=5, **changed):
-    """A sample as DataCompDR stores it (joined: with picture and caption), whose picture is at ``url``/<seed>.jpg."""
+    """A sample as DataCompDR stores it (joined: with image and caption), image at url/<seed>.jpg"""
     generator, jpeg = torch.Generator().manual_seed(seed), encode(picture(seed, 120, 160))
     emb = unit_rows(augmentations, generator), unit_rows(1 + captions, generator)
     members = {
@@ -60,7 +64,7 @@ def sample(seed, url, joined=False, bf16=False, augmentations=30, captions=5, **
 
 @pytest.fixture
 def web():
-    """A server of pictures: ``answers`` {path: (status, headers, bytes)}, ``asked`` [(path, User-Agent)], ``url``."""
+    """A server: ``answers`` {path: (status, headers, bytes)}, ``asked`` [(path, User-Agent)]."""
     asked, answers = [], {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -137,7 +141,7 @@ def test_first_sample_is_streamed_and_the_shard_is_not_downloaded(tmp_path, web)
         )  # the captions are not ASCII
     assert ran.returncode == 0, ran.stderr
     told = said(ran.stdout)
-    assert told["image"].startswith("[3, 224, 224] float32 160x120 picture")
+    assert told["image"].startswith("[3, 224, 224] float32 160x120 image")
     for name in ("image_emb", "text_emb", "syn_text_emb"):
         assert told[name].startswith("[1536] float32")
     assert told["syn_caption"].startswith("synthetic ") and told["syn_caption"].endswith(
@@ -190,7 +194,7 @@ def test_rows_are_those_of_the_augmentation_and_the_caption(bf16):
         chosen = example.choose(members, COMPOSE, augmentation, seed)
         a, s = chosen["augmentation"], chosen["synthetic"]
         assert augmentation in (None, a)
-        assert chosen["captions"][s] == f"synthetic {s} of 7 狗"
+        assert chosen["syn_caption"] == f"synthetic {s} of 7 狗"
         expected, _ = COMPOSE.reapply(
             Image.open(io.BytesIO(members["jpg"])), COMPOSE.decompress(params[a])
         )
@@ -231,31 +235,29 @@ def test_printed_cosines_are_each_teachers_own(tmp_path, capsys):
             texts[row, 768 * k : 768 * (k + 1)] @ image[768 * k : 768 * (k + 1)]
             for row in (0, 1 + s)
         )
-        assert (
-            f"{teacher}: cosine with the caption {first:.3f}, the synthetic one {second:.3f}"
-            in told
-        )
+        assert f"{teacher}: cosine with caption {first:.3f}, with syn_caption {second:.3f}" in told
 
 
 def test_blocks_that_are_not_of_unit_length_are_no_teachers():
-    generator = torch.Generator().manual_seed(0)
-    image_emb, text_emb = unit_rows(4, generator), unit_rows(3, generator)
-    assert example.cosines(image_emb, text_emb, [768, 768]).shape == (2, 3, 4)
-    with pytest.raises(BadSample, match="512 and 1024 are not of unit length"):
-        example.cosines(image_emb, text_emb, [512, 1024])
+    _, members = sample(0, "", augmentations=4, captions=2)
+    teachers = ["first", "second"]
+    right, wrong = ([768, 768], [512, 1024])
+    assert Reinforcement(COMPOSE, COMPOSE, teachers, right).cosines(members).shape == (2, 3, 4)
+    with pytest.raises(BadSample, match=r"not of unit length.*512 and 1024"):
+        Reinforcement(COMPOSE, COMPOSE, teachers, wrong).cosines(members)
 
 
 # pictures that can't be had
 
 
 def no_picture(web, case):
-    """Make the picture of sample 0 one that can't be used; returns what is to be said, and the members to change."""
+    """Make sample 0 a bad one; returns the reason to report, and the members to change."""
     url, dead = f"{web.url}/0.jpg", "dead link"
     web.answers["/to-a-file.jpg"] = (302, {"Location": "file:///etc/hostname"}, b"")
     web.answers["/to-ftp.jpg"] = (302, {"Location": "ftp://127.0.0.1:1/0.jpg"}, b"")
     web.answers["/circle.jpg"] = (302, {"Location": f"{web.url}/circle.jpg"}, b"")
     web.answers["/cut.jpg"] = (200, {"Content-Length": "5000"}, b"half")
-    web.answers["/long.jpg"] = (200, {}, b"x" * (example.MAX_IMAGE + 1))
+    web.answers["/long.jpg"] = (200, {}, b"x" * (http_image.MAX_BYTES + 1))
     web.answers["/page.jpg"] = (200, {}, b"<html>parked</html>")
     page = json.dumps({"sha256": hashlib.sha256(b"<html>parked</html>").hexdigest()}).encode()
     return {
@@ -270,18 +272,18 @@ def no_picture(web, case):
         "redirect to ftp": (dead, {"url.txt": f"{web.url}/to-ftp.jpg".encode()}),
         "redirect for ever": (dead, {"url.txt": f"{web.url}/circle.jpg".encode()}),
         "too long": (dead, {"url.txt": f"{web.url}/long.jpg".encode()}),
-        "cut off": ("changed picture", {"url.txt": f"{web.url}/cut.jpg".encode()}),
-        "another picture": ("changed picture", {"url.txt": f"{web.url}/99.jpg".encode()}),
+        "cut off": (dead, {"url.txt": f"{web.url}/cut.jpg".encode()}),
+        "another picture": ("changed image", {"url.txt": f"{web.url}/99.jpg".encode()}),
         "no picture": (
             "undecodable image",
             {"url.txt": f"{web.url}/page.jpg".encode(), "json": page},
         ),
-        "no hash": ("no picture, and no address", {"url.txt": url.encode(), "json": b"{}"}),
+        "no hash": ("no image, and no address", {"url.txt": url.encode(), "json": b"{}"}),
         "deep json": (
-            "no picture, and no address",
+            "no image, and no address",
             {"url.txt": url.encode(), "json": b"[" * 200_000},
         ),
-        "no json": ("no picture, and no address", {"url.txt": url.encode(), "json": b"["}),
+        "no json": ("no image, and no address", {"url.txt": url.encode(), "json": b"["}),
         "no captions": ("unreadable syn.json", {"syn.json": b"[]"}),
         "empty caption": ("empty caption", {"txt": b" ", "url.txt": url.encode()}),
         "other boxes": (
@@ -322,17 +324,13 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sample_that_cannot_be_used_is_said_and_the_next_is_tried(
-    tmp_path, web, monkeypatch, capsys, case
-):
-    monkeypatch.setattr(example, "MAX_IMAGE", 100_000)
+def test_a_bad_sample_is_reported_and_the_next_is_tried(tmp_path, web, monkeypatch, capsys, case):
+    monkeypatch.setattr(http_image, "MAX_BYTES", 100_000)
     reason, changed = no_picture(web, case)
     shard = write_shard(tmp_path / SHARD, [sample(0, web.url, **changed), sample(1, web.url)])
     example.main(["--shard", str(shard)])
     told = capsys.readouterr()
-    assert (
-        told.err.startswith(f"sample 0 is left out: {reason}") and len(told.err.splitlines()) == 1
-    )
+    assert told.err.startswith(f"sample 0 skipped: {reason}") and len(told.err.splitlines()) == 1
     assert told.out.startswith(f"{shard}, sample 1: {uid(1)}\n")
 
 
@@ -346,21 +344,21 @@ def test_addresses_with_spaces_and_other_letters_are_fetched(tmp_path, web, caps
 
 
 def test_address_that_drips_is_given_up(tmp_path, web, monkeypatch, capsys):
-    monkeypatch.setattr(example, "TIMEOUT", 1)
+    monkeypatch.setattr(http_image, "TIMEOUT", 1)
     with serving() as server:
         drips = sample(0, "", **{"url.txt": server.add("/drip", drip=300).encode()})
         example.main(["--shard", str(write_shard(tmp_path / SHARD, [drips, sample(1, web.url)]))])
-    assert capsys.readouterr().err.startswith("sample 0 is left out: dead link")
+    assert capsys.readouterr().err.startswith("sample 0 skipped: dead link")
 
 
 def test_only_so_many_samples_are_tried(tmp_path, web, capsys):
     gone = [sample(seed, f"{web.url}/gone") for seed in range(3)]
     shard = write_shard(tmp_path / SHARD, [*gone, sample(3, web.url), sample(4, f"{web.url}/gone")])
-    assert "samples 0 to 2 can't be used" in error_of("--shard", shard, "--tries", 3)
+    assert "samples 0 to 2 cannot be used" in error_of("--shard", shard, "--tries", 3)
     assert capsys.readouterr().err.count("dead link") == 3 == len(web.asked)
     example.main(["--shard", str(shard), "--tries", "4"])
     assert f"sample 3: {uid(3)}" in capsys.readouterr().out
-    assert "samples 4 to 4 can't be used" in error_of("--shard", shard, "--index", 4)
+    assert "samples 4 to 4 cannot be used" in error_of("--shard", shard, "--index", 4)
 
 
 # local shards
@@ -384,8 +382,8 @@ def test_joined_shard_needs_no_network_and_has_the_original_caption(tmp_path, ca
         (["--index", "2"], "has no sample 2"),
         (["--augmentation", "30"], "--augmentation 30: this sample has 30"),
         (["--teacher-dimension", "768", "512"], "the teachers' widths are 768 and 512"),
-        (["--teacher-dimension", "1536"], "--teacher-dimension 1536 doesn't fit"),
-        (["--config", "nowhere.json"], "--config nowhere.json can't be used"),
+        (["--teacher-dimension", "1536"], "--teacher-dimension has 1 widths"),
+        (["--config", "nowhere.json"], "--config nowhere.json cannot be used"),
     ],
 )
 def test_what_the_shard_does_not_have_is_refused_in_one_line(tmp_path, arguments, message):
@@ -408,7 +406,7 @@ def test_unequal_widths_are_those_of_the_configs_models(tmp_path, capsys):
     config.write_text(json.dumps({**CONFIG, "model_name": "ViT-B-32,ViT-L-14"}))
     example.main(["--shard", str(joined), "--config", str(config)])
     assert "teacher 1: ViT-L-14" in capsys.readouterr().out
-    assert "1280 numbers in an embedding, and the teachers' widths are 768 and 768" in error_of(
+    assert "1280 numbers in an embedding, but the teachers' widths are 768 and 768" in error_of(
         "--shard", alone
     )
     config.write_text(json.dumps({**CONFIG, "model_name": "ViT-B-32,NoSuchModel"}))
@@ -446,11 +444,11 @@ def test_file_that_is_no_shard_is_one_line(tmp_path, content):
 
 
 def test_member_beyond_the_bound_is_not_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(example, "MAX_INFLATED", 300_000)
+    monkeypatch.setattr(dr.tar, "MAX_MEMBER", 300_000)
     huge = sample(0, "", joined=True, jpg=b"x" * 300_001, **{"url.txt": b"http://127.0.0.1:1/"})
     shard = write_shard(tmp_path / SHARD, [huge, sample(1, "", joined=True)])
     example.main(["--shard", str(shard)])
-    assert "sample 0 is left out: dead link" in capsys.readouterr().err
+    assert "sample 0 skipped: dead link" in capsys.readouterr().err
 
 
 def test_nothing_of_a_shard_is_written_to_disk(tmp_path, monkeypatch):
@@ -480,14 +478,17 @@ def test_sheet_shows_the_original_and_all_that_is_stored(tmp_path, capsys):
         with Image.open(tmp_path / "sheet.png") as sheet:
             assert sheet.format == "PNG" and sheet.mode == "RGB" and sheet.width == 1600
             heights[count] = sheet.height
-            size = (example.ORIGINAL, example.ORIGINAL)
+            size = (draw_sample.ORIGINAL, draw_sample.ORIGINAL)
             original = ImageOps.contain(
                 Image.open(io.BytesIO(members["jpg"])), size, Image.Resampling.BICUBIC
             )
-            corner = example.MARGIN
+            corner = draw_sample.MARGIN
             shown = sheet.crop((corner, corner, corner + original.width, corner + original.height))
             assert shown.tobytes() == original.tobytes()
-            assert {color for _, color in sheet.getcolors(2**24)} >= {example.COLD, example.HOT}
+            assert {color for _, color in sheet.getcolors(2**24)} >= {
+                draw_sample.COLD,
+                draw_sample.HOT,
+            }
     assert heights[30] > heights[10] > 800
 
 
@@ -524,4 +525,4 @@ def test_strange_captions_are_cut_and_do_not_reach_the_terminal(tmp_path, capsys
     ],
 )
 def test_parameters_in_words(params, words):
-    assert example.in_words(COMPOSE.decompress(params)) == words
+    assert draw_sample.describe_parameters(COMPOSE.decompress(params)) == words

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -19,13 +20,13 @@ from pathlib import Path
 import join_shards
 import numpy as np
 import pytest
-import shard_index
-import shard_members
 import torch
 import webdataset
+from lib import tar_writer
 from shards import read_shard, stored_embeddings, write_shard
 
-from dr.sample import embeddings
+from dr.sample import REINFORCED_MEMBERS, embeddings
+from dr.tar import parse_plain_header
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "join_shards.py"
@@ -219,6 +220,13 @@ def test_half_a_reinforcement_is_none(folders, lost):
     assert folders.join()["left_out"] == {"no reinforcement": 1}
 
 
+def test_required_parts_are_the_members_that_training_requires():
+    for sample in map(set, itertools.product(*REINFORCED_MEMBERS.values())):
+        assert join_shards.find_parts(sample) == set(join_shards.HOW_TO_GET)
+        for lost in sample:
+            assert len(join_shards.find_parts(sample - {lost})) == 2
+
+
 def test_keep_incomplete_keeps_every_sample_and_require_the_named_part(folders):
     folders.write(
         captions=[caption(A), caption(B)],
@@ -329,8 +337,8 @@ def test_unaligned_images_need_no_more_open_files_and_no_different_hashes(
     for number, uid in enumerate((C, A, D, B)):
         unaligned(folders, f"{number}.tar", [image(number, uid)])
     join_unaligned(folders)
-    monkeypatch.setattr(shard_members, "OPEN_FILES", 1)
-    monkeypatch.setattr(shard_index, "number_of", lambda uid: 1)
+    monkeypatch.setattr("lib.shards.MAX_OPEN_FILES", 1)
+    monkeypatch.setattr("lib.index.hash_uid", lambda uid: 1)
     join_unaligned(folders, output=tmp_path / "again")
     assert list(folders.joined()) == [A, B, C]
     assert bytes_of(tmp_path / "again") == bytes_of(folders.output)
@@ -371,7 +379,7 @@ def test_damaged_unaligned_shard_is_told_and_its_samples_come_when_it_is_mended(
     for _ in range(2):  # whether the index is new or not
         with pytest.raises(SystemExit, match="1 unaligned shards can't be read"):
             join_unaligned(folders)
-        assert "goes without the unaligned 1.tar" in capsys.readouterr().err
+        assert "joining without the unaligned 1.tar" in capsys.readouterr().err
     assert folders.report()["left_out"] == {"no image": 2}
     unaligned(folders, "1.tar", [image(0, B)])
     join_unaligned(folders)
@@ -427,7 +435,10 @@ def test_tasks_share_out_the_shards_and_one_folder(folders, tmp_path, monkeypatc
 def test_every_shard_belongs_to_one_task():
     for shards in range(9):
         for count in range(1, 12):
-            parts = [join_shards.share(list(range(shards)), index, count) for index in range(count)]
+            parts = [
+                join_shards.select_share(list(range(shards)), index, count)
+                for index in range(count)
+            ]
             assert [shard for part in parts for shard in part] == list(range(shards))
 
 
@@ -536,7 +547,7 @@ def test_same_bytes_whatever_the_workers_and_the_buffer(folders, tmp_path, monke
     folders.join()
     folders.join("--workers", 3, output=tmp_path / "three")
 
-    monkeypatch.setattr(join_shards, "BUFFER", 1000)
+    monkeypatch.setattr(tar_writer, "BUFFER", 1000)
     folders.join(output=tmp_path / "narrow")
     assert len(bytes_of(folders.output)) == 4
     assert bytes_of(folders.output) == bytes_of(tmp_path / "three") == bytes_of(tmp_path / "narrow")
@@ -560,14 +571,11 @@ def test_header_is_plain_ustar(folders):
 def test_headers_are_written_and_read_as_tarfile_does(name, size):
     info = tarfile.TarInfo(name)
     info.size = size
-    made = join_shards.header(name, size)
+    made = tar_writer.make_header(name, size)
     assert made == info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
-    assert shard_members.parse_plain_header(made) == (name, size)
+    assert parse_plain_header(made) == (name, size)
     for at in (3, 130, 150, 400):  # any bit that flips shows in the checksum
-        assert (
-            shard_members.parse_plain_header(made[:at] + bytes([made[at] ^ 1]) + made[at + 1 :])
-            is None
-        )
+        assert parse_plain_header(made[:at] + bytes([made[at] ^ 1]) + made[at + 1 :]) is None
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs tar")
@@ -631,14 +639,15 @@ def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tm
 
     # dies by itself while it writes its third shard
     slow = (
-        "import os, signal, sys, join_shards as j\n"
-        "copy, seen = j.TarWriter.copy, []\n"
+        "import os, signal, sys, join_shards\n"
+        "from lib.tar_writer import TarWriter\n"
+        "copy, seen = TarWriter.copy, []\n"
         "def dying(tar, span):\n"
         "    seen.append(span)\n"
         "    if len(seen) > 1000: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    copy(tar, span)\n"
-        "j.TarWriter.copy = dying\n"
-        "j.main(sys.argv[1:])\n"
+        "TarWriter.copy = dying\n"
+        "join_shards.main(sys.argv[1:])\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     killed = subprocess.run(
@@ -769,11 +778,11 @@ def double(path):
 
 
 BAD_SHARDS = {
-    "zero bytes": (lambda path: os.truncate(path, 0), "empty file"),
-    "cut in a header": (lambda path: os.truncate(path, 300), "truncated header"),
+    "zero bytes": (lambda path: os.truncate(path, 0), "no end mark"),
+    "cut in a header": (lambda path: os.truncate(path, 300), "no end mark"),
     "cut in a member": (
         lambda path: os.truncate(path, second_member(path) + 600),
-        "unexpected end of data",
+        "cut off inside a member",
     ),
     "cut between members": (lambda path: os.truncate(path, second_member(path)), "no end mark"),
     "zeros from some point on": (
@@ -782,9 +791,9 @@ BAD_SHARDS = {
     ),
     "rubbish for a header": (
         lambda path: overwrite(path, second_member(path), b"rubbish" * 70),
-        "damaged",
+        "no valid header",
     ),
-    "two tars in one file": (double, "several in one file"),
+    "two tars in one file": (double, "several tars in one file"),
     "not a tar": (lambda path: path.write_bytes(b"<html>404</html>" * 1000), "not a whole tar"),
     "compressed": (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(3000)), "not a whole tar"),
     "missing": (lambda path: path.unlink(), "not in the source"),
@@ -887,7 +896,7 @@ def test_bad_member_costs_its_sample_only(folders, case, tar_format, capsys):
     report = folders.join()
     assert list(folders.joined()) == [A, C]
     assert report["left_out"] == {reason: 1}
-    assert f"00000000.tar: 1 left out for {reason}, first {B}" in capsys.readouterr().err
+    assert f"00000000.tar: 1 skipped for {reason}, first {B}" in capsys.readouterr().err
 
 
 def test_members_packed_from_a_folder_and_stray_files_do_no_harm(folders):
@@ -913,13 +922,13 @@ def test_member_of_negative_size_fails_the_shard(folders):
     )  # -1024 in base 256: tarfile would read this header again and again
     header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
     overwrite(folders.captions / "00000000.tar", 0, header)
-    assert "negative size" in folders.join_failing()["failed"]["00000000.tar"]
+    assert "no valid header at byte 0" in folders.join_failing()["failed"]["00000000.tar"]
 
 
 def test_full_disk_fails_the_shard_and_leaves_nothing(folders, monkeypatch):
     folders.write("00000000.tar")
     folders.write("00000001.tar")
-    copy, copied = join_shards.TarWriter.copy, Counter()
+    copy, copied = tar_writer.TarWriter.copy, Counter()
 
     def full(tar, span):
         copied["members"] += 1
@@ -927,7 +936,7 @@ def test_full_disk_fails_the_shard_and_leaves_nothing(folders, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         copy(tar, span)
 
-    monkeypatch.setattr(join_shards.TarWriter, "copy", full)
+    monkeypatch.setattr(tar_writer.TarWriter, "copy", full)
     report = folders.join_failing()
     assert "No space left" in report["failed"]["00000000.tar"]
     assert list(bytes_of(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
@@ -1029,7 +1038,7 @@ def test_wrong_options_are_refused(folders, more, message, monkeypatch):
 def test_output_over_a_source_is_refused(folders):
     folders.write()
     before = bytes_of(folders.images)
-    with pytest.raises(SystemExit, match="is a source"):
+    with pytest.raises(SystemExit, match="is the folder of a source"):
         folders.join(output=folders.images)
     assert bytes_of(folders.images) == before
 
@@ -1146,7 +1155,7 @@ def test_slurm_array_joins_all_and_its_report_says_so(folders):
 def test_benchmark_prints_its_table_and_leaves_nothing(tmp_path):
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "benchmark_join.py"),
+        str(ROOT / "scripts" / "benchmarks" / "join.py"),
         "--folder",
         str(tmp_path),
     ]

