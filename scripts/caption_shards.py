@@ -221,7 +221,7 @@ def find_metadata(pattern: str) -> list[Path]:
     files = sorted(Path(file) for file in found if os.path.isfile(file))
     if not files:
         raise SystemExit(
-            f"--metadata {pattern}: no parquet files there; give their folder, or a pattern in quotes"
+            f"--metadata {pattern}: no parquet files there; give a folder, or a pattern in quotes"
         )
     for file in files:
         if WILDCARDS & set(str(file)):
