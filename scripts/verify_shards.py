@@ -26,7 +26,6 @@ Does not detect a uid in several shards, or captions that do not describe their 
 """
 
 import argparse
-import functools
 import hashlib
 import heapq
 import json
@@ -34,8 +33,9 @@ import multiprocessing
 import os
 import random
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -186,19 +186,11 @@ def check_sample(
     return len(image_emb), len(text_emb) - 1, image_emb.shape[1], precision
 
 
-def verify_shard(
-    item: tuple[str, int | None],
-    config: dict[str, Any],
-    dimensions: list[int],
-    seed: int,
-    part: float | None,
-    number: int | None,
-    keep: int,
-) -> dict[str, Any]:
-    """Check a shard, or some of its samples.
+@dataclass(frozen=True)
+class ShardVerifier:
+    """Checks a shard, or some of its samples.
 
-    Args:
-        item: its path, and how many samples it should hold, if that is known.
+    Attributes:
         config: an ``image_augmentation`` object.
         dimensions: D_k, the width of each teacher's block.
         seed: of the choice of samples.
@@ -206,62 +198,65 @@ def verify_shard(
         number: how many samples to read; None: all.
         keep: how many good samples to return, for the teachers.
     """
-    path, expected = item
-    if multiprocessing.parent_process() is not None:
-        torch.set_num_threads(1)  # there is a process for each core
-    samples: list[Sample] = []
-    fault = None
-    try:
-        with open(path, "rb", buffering=HEADER_BUFFER) as file:
-            samples.extend(list_samples(file, seed))  # also those before a damage
-        if not samples:
-            fault = "holds no sample"
-        elif expected not in (None, len(samples)):
-            fault = f"holds {len(samples)} samples, the {SIZES} in its folder says {expected}"
-    except tarfile.TarError as error:
-        fault = f"not a whole tar: {error}"
-    except OSError as error:
-        fault = error.strerror or str(error)
-    found: dict[str, Any] = {"shard": path, "samples": len(samples), "read": 0, "good": []}
-    found |= {"bad": Counter(), "first": {}, "layouts": Counter()}
-    if part is not None:
-        samples = [sample for sample in samples if sample.rank < part]
-    elif number is not None:
-        samples = sorted(heapq.nsmallest(number, samples), key=lambda sample: sample.position)
-    compose, crops = compose_from_config(config), make_cheap_crops(config)
-    try:
+
+    config: dict[str, Any]
+    dimensions: list[int]
+    seed: int
+    part: float | None
+    number: int | None
+    keep: int
+
+    def __call__(self, item: tuple[str, int | None]) -> dict[str, Any]:
+        """What was found in a shard, by its path and the number of samples that it should hold."""
+        path, expected = item
+        if multiprocessing.parent_process() is not None:
+            torch.set_num_threads(1)  # there is a process for each core
+        samples: list[Sample] = []
+        fault = None
+        try:
+            with open(path, "rb", buffering=HEADER_BUFFER) as file:
+                samples.extend(list_samples(file, self.seed))  # also those before a damage
+            if not samples:
+                fault = "holds no sample"
+            elif expected not in (None, len(samples)):
+                fault = f"holds {len(samples)} samples, the {SIZES} in its folder says {expected}"
+        except tarfile.TarError as error:
+            fault = f"not a whole tar: {error}"
+        except OSError as error:
+            fault = error.strerror or str(error)
+        found: dict[str, Any] = {"shard": path, "samples": len(samples), "read": 0, "good": []}
+        found |= {"bad": Counter(), "first": {}, "layouts": Counter()}
+        if self.part is not None:
+            samples = [sample for sample in samples if sample.rank < self.part]
+        elif self.number is not None:
+            chosen = heapq.nsmallest(self.number, samples)
+            samples = sorted(chosen, key=lambda sample: sample.position)
+        try:
+            self._check_samples(samples, found)
+        except (OSError, ShardError) as error:
+            fault = fault or str(error)
+        finally:
+            open_files.close()
+        return {**found, "fault": fault, "good": heapq.nsmallest(self.keep, found["good"])}
+
+    def _check_samples(self, samples: Iterable[Sample], found: dict[str, Any]) -> None:
+        compose, crops = compose_from_config(self.config), make_cheap_crops(self.config)
         for sample in samples:
-            check_and_count(sample, path, found, compose, crops, dimensions)
-    except (OSError, ShardError) as error:
-        fault = fault or str(error)
-    finally:
-        open_files.close()
-    return {**found, "fault": fault, "good": heapq.nsmallest(keep, found["good"])}
-
-
-def check_and_count(
-    sample: Sample,
-    shard: str,
-    found: dict[str, Any],
-    compose: Compose,
-    crops: Compose,
-    dimensions: list[int],
-) -> None:
-    """Check a sample, and add it to what was found in its shard."""
-    try:
-        layout = check_sample(read_sample(sample, shard), compose, crops, dimensions)
-    except (OSError, ShardError):
-        raise
-    except Exception as error:  # an unforeseen one would end a training
-        unforeseen = f"{type(error).__name__} when it is read"
-        reason = error.reason if isinstance(error, BadSample) else unforeseen
-        detail = str(error).removeprefix(reason).removeprefix(": ")
-        found["bad"][reason] += 1
-        found["first"].setdefault(reason, (sample.uid, detail))
-    else:
-        found["layouts"][layout] += 1
-        found["good"].append(sample)
-    found["read"] += 1
+            try:
+                members = read_sample(sample, found["shard"])
+                layout = check_sample(members, compose, crops, self.dimensions)
+            except (OSError, ShardError):
+                raise
+            except Exception as error:  # an unforeseen one would end a training
+                unforeseen = f"{type(error).__name__} when it is read"
+                reason = error.reason if isinstance(error, BadSample) else unforeseen
+                detail = str(error).removeprefix(reason).removeprefix(": ")
+                found["bad"][reason] += 1
+                found["first"].setdefault(reason, (sample.uid, detail))
+            else:
+                found["layouts"][layout] += 1
+                found["good"].append(sample)
+            found["read"] += 1
 
 
 # --- the teachers ---------------------------------------------------------------------------------
@@ -288,28 +283,23 @@ def load_teachers(
 
 def embed_sample(
     members: dict[str, Any], teachers: Sequence["Teacher"], compose: Compose
-) -> list[dict[str, torch.Tensor]]:
+) -> Iterator[tuple[int, str, torch.Tensor]]:
     """Embed all augmentations and captions of a sample again.
 
-    Returns:
-        for each teacher ``image_emb`` ``[A, D_k]`` and ``text_emb`` ``[1 + S, D_k]``.
+    Yields:
+        for each teacher its number, ``image`` and rows ``[A, D_k]``, then with ``text`` and rows
+        ``[1 + S, D_k]``.
     """
+    img, captions = decode_image(members), [caption(members), *synthetic_captions(members)]
     params = [compose.decompress(entry) for entry in augmentation_parameters(members)]
-    captions = [caption(members), *synthetic_captions(members)]
-    img = decode_image(members)
-    images: list[list[torch.Tensor]] = [[] for _ in teachers]
-    texts: list[torch.Tensor] = []
-    for start in range(0, len(params), EMBED_AT_ONCE):
-        chunk = params[start : start + EMBED_AT_ONCE]
-        batch = torch.stack([compose.reapply(img, entry)[0] for entry in chunk])
-        embedded = [teacher.embed(batch, captions) for teacher in teachers]
-        texts = [text_emb for _, text_emb in embedded]
-        for parts, (image_emb, _) in zip(images, embedded, strict=True):
-            parts.append(image_emb)
-    return [
-        {"image_emb": torch.cat(parts), "text_emb": text_emb}
-        for parts, text_emb in zip(images, texts, strict=True)
+    images = [compose.reapply(img, entry)[0] for entry in params]
+    chunks = [
+        torch.stack(images[i : i + EMBED_AT_ONCE]) for i in range(0, len(images), EMBED_AT_ONCE)
     ]
+    for number, teacher in enumerate(teachers):
+        embedded = [teacher.embed(chunk, captions) for chunk in chunks]
+        yield number, "image", torch.cat([image_emb for image_emb, _ in embedded])
+        yield number, "text", embedded[0][1]
 
 
 def compare_embeddings(
@@ -324,40 +314,32 @@ def compare_embeddings(
     Returns:
         for each teacher, for its images and for its texts: numbers for the table, the worst row.
     """
-    kinds = ("image", "text")
-    rows: dict[tuple[int, str], list[tuple[float, str, str, int]]] = {
-        (k, kind): [] for k in range(len(teachers)) for kind in kinds
-    }  # cosine, shard, uid, row
+    cosines: dict[tuple[int, str], list[tuple[float, str, str, int]]] = defaultdict(list)
     for shard, sample in tqdm(samples, desc="embed", unit=" images"):
         members = read_sample(sample, shard)
-        stored = {
-            name: table.float().split(dimensions, dim=1)
-            for name, table in embeddings(members).items()
-        }
-        for k, again in enumerate(embed_sample(members, teachers, compose)):
-            for kind in kinds:
-                name = f"{kind}_emb"
-                similarity = torch.cosine_similarity(again[name], stored[name][k], dim=1)
-                for row, cosine in enumerate(similarity.nan_to_num(-1.0).tolist()):
-                    rows[k, kind].append((cosine, shard, sample.uid, row))
+        stored = embeddings(members)
+        for number, kind, rows in embed_sample(members, teachers, compose):
+            block = stored[f"{kind}_emb"].float().split(dimensions, dim=1)[number]
+            similarity = torch.cosine_similarity(rows, block, dim=1).nan_to_num(-1.0)
+            for row, cosine in enumerate(similarity.tolist()):
+                cosines[number, kind].append((cosine, shard, sample.uid, row))
     open_files.close()
     found = []
-    for (k, kind), compared in rows.items():
+    for (number, kind), compared in cosines.items():
         least, shard, uid, row = min(compared)
-        cosines = [cosine for cosine, *_ in compared]
-        found.append(
-            {
-                "teacher": k,
-                "model": teachers[k].name,
-                "pretrained": teachers[k].pretrained,
-                "of": kind,
-                "rows": len(cosines),
-                "min": least,
-                "mean": sum(cosines) / len(cosines),
-                "under_min_cosine": sum(cosine < min_cosine for cosine in cosines),
-                "worst": {"shard": shard, "uid": uid, "row": row},
-            }
-        )
+        values = [cosine for cosine, *_ in compared]
+        numbers = {
+            "teacher": number,
+            "model": teachers[number].name,
+            "pretrained": teachers[number].pretrained,
+            "of": kind,
+            "rows": len(values),
+            "min": least,
+            "mean": sum(values) / len(values),
+            "under_min_cosine": sum(value < min_cosine for value in values),
+            "worst": {"shard": shard, "uid": uid, "row": row},
+        }
+        found.append(numbers)
     return found
 
 
@@ -569,15 +551,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, compose = read_config(args.config)
     shards = find_shards(args.shards)
     teachers, dimensions = choose_teachers(args, config, compose)
-    verify = functools.partial(
-        verify_shard,
-        config=config["reinforce"]["image_augmentation"],
-        dimensions=dimensions,
-        seed=args.seed,
-        part=args.part,
-        number=args.samples,
-        keep=args.embed if teachers else 0,
-    )
+    keep = args.embed if teachers else 0
+    steps = config["reinforce"]["image_augmentation"]
+    verify = ShardVerifier(steps, dimensions, args.seed, args.part, args.samples, keep)
     found = run_all(verify, shards, args.workers)
     results = list(tqdm(found, desc="verify", total=len(shards), unit=" shards"))
     report = merge_results(results)

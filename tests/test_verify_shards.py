@@ -1,6 +1,5 @@
 """verify_shards.py finds what training could not use, says it plainly, and proves which embeddings are whose."""
 
-import functools
 import gzip
 import io
 import json
@@ -338,9 +337,8 @@ def many(tmp_path_factory):
 
 def test_a_part_is_chosen_by_seed_and_uid_alone(many, tmp_path, verify):
     def chosen(shard=many, seed=0, part=None, number=None):
-        found = verify_shards.verify_shard(
-            (str(shard), None), AUGMENTATION, DIMENSIONS, seed, part, number, 100
-        )
+        verifier = verify_shards.ShardVerifier(AUGMENTATION, DIMENSIONS, seed, part, number, 100)
+        found = verifier((str(shard), None))
         assert found["samples"] == 100 and found["read"] == len(found["good"])
         return {sample.uid for sample in found["good"]}
 
@@ -365,23 +363,19 @@ def test_a_part_is_chosen_by_seed_and_uid_alone(many, tmp_path, verify):
 def test_of_samples_that_are_not_chosen_only_headers_are_read(tmp_path, verify):
     members = {**good(0), "url.txt": bytes(200_000), "jpg": good(0)["jpg"] + bytes(200_000)}
     shard = write_shard(tmp_path / "0.tar", [(uid(seed), members) for seed in range(20)])
-    count = functools.partial(
-        verify_shards.verify_shard,
-        (str(shard), None),
-        AUGMENTATION,
-        DIMENSIONS,
-        0,
-        part=None,
-        keep=0,
-    )
-    count(number=1)  # what is imported and opened once
+
+    def count(number):
+        verifier = verify_shards.ShardVerifier(AUGMENTATION, DIMENSIONS, 0, None, number, 0)
+        return verifier((str(shard), None))
+
+    count(1)  # what is imported and opened once
 
     def bytes_read(number):
         def total():
             return int(Path("/proc/self/io").read_text().split()[1])  # rchar
 
         before = total()
-        assert count(number=number)["read"] == number
+        assert count(number)["read"] == number
         return total() - before
 
     one, all_of_them = bytes_read(1), bytes_read(20)
