@@ -274,10 +274,13 @@ def read_samples(
     return group_members(members())
 
 
-def sample_spans(file: BinaryIO) -> Iterator[tuple[str, dict[str, Member]]]:
-    """The samples of an uncompressed tar, as :func:`read_samples` reads them, without reading their
-    bytes."""
-    members = (member for member in read_headers(file) if member.is_file)
+def sample_spans(file: BinaryIO, whole: bool = False) -> Iterator[tuple[str, dict[str, Member]]]:
+    """The samples of an uncompressed tar, as in :func:`read_samples`, without reading their bytes.
+
+    Args:
+        file, whole: as in :func:`read_headers`.
+    """
+    members = (member for member in read_headers(file, whole=whole) if member.is_file)
     return group_members(
         (member.name, member if member.size <= MAX_MEMBER else None) for member in members
     )

@@ -32,28 +32,10 @@ Outputs
     .captions/              uids of each shard (0.4 MB), records, work in progress
 Several machines can share the work: give each its own --shards and --temp.
 
-Scale: meant for one machine and one or two billion rows. Measured on 2 shared cores, local disk,
-metadata in the page cache, captions of about 75 bytes, DuckDB 2.0.1 (first row: captions benchmark
-with --memory 1GB; other rows: the join alone; memory: peak of the largest process):
-
-    metadata rows   samples   --memory   uids, s   join, s   shards, s   memory   spilled
-    12 M            10 M      1 GB       73         9        46          1.1 GB   0.9 GB
-    32 M            30 M      600 MB               53                    0.8 GB   4.8 GB
-    32 M            30 M      1 GB                 31                    1.2 GB   4.5 GB
-    32 M            30 M      8 GB                 23                    5.7 GB   none
-
-Estimated from these for the 1.28 billion samples of DataCompDR-1B: uids 15 hours of one core,
-shared by the processes, as real shards have five members a sample (0.84 s a shard measured; longer
-if the disk has to seek). The join takes about an hour on 2 cores with the default 8 GB: 6 parts,
-each reads all metadata (0.22 s for a million rows) and adds 0.8 s for a million samples. The shards
-take 1.6 hours with 2 processes. Disk: 40 GB spilled (150 bytes for each sample of a part), 10 GB
-for the joined part, 25 GB for the uids, 1.3 TB of output (1 KB a sample, as tars are). The time of
-the join grows with rows times parts: for ten times the rows, such as CommonPool, use ten times the
-memory and a larger --part. Use Spark instead if the metadata is on a cluster.
-
-The join takes 0.1 to 0.25 GB besides --memory. For each thread, --memory must hold a page of the
-metadata and several times 20,480 captions: the least, 200MB, is enough for captions of 256 bytes on
-average, not for a kilobyte.
+Meant for one machine and one or two billion rows: docs/caption-shards.md has measurements, and what
+DataCompDR-1B takes. The join takes 0.1 to 0.25 GB besides --memory, which must hold a page of the
+metadata and several times 20,480 captions for each thread: the least, 200MB, is enough for captions
+of 256 bytes on average, not for a kilobyte.
 
 Does not detect captions whose text has changed since they were embedded.
 """
@@ -221,7 +203,7 @@ def find_metadata(pattern: str) -> list[Path]:
     files = sorted(Path(file) for file in found if os.path.isfile(file))
     if not files:
         raise SystemExit(
-            f"--metadata {pattern}: no parquet files there; give their folder, or a pattern in quotes"
+            f"--metadata {pattern}: no parquet files there; give a folder, or a pattern in quotes"
         )
     for file in files:
         if WILDCARDS & set(str(file)):

@@ -63,7 +63,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lib.index import Scan, Scanned, UnalignedSource
+from lib.index import UnalignedSource
 from lib.pool import run_all
 from lib.publish import publish, publish_json, remove_leftovers
 from lib.report import describe_error, format_table, printable, run_command
@@ -474,13 +474,8 @@ def open_sources(args: argparse.Namespace) -> list[AnySource]:
     parsed = [Source.parse(text) for text, _ in args.sources]
     for source in parsed:
         source.check_output(args.output, "a source")
-
-    def scan_all(scan: Scan, shards: list[tuple[int, str]]) -> Iterable[Scanned]:
-        results = run_all(scan, shards, args.workers)
-        return tqdm(results, "index of unaligned shards", total=len(shards), unit=" shards")
-
     return [
-        UnalignedSource.open(source, args.output, scan_all) if unaligned else source
+        UnalignedSource.open(source, args.output, args.workers) if unaligned else source
         for source, (_, unaligned) in zip(parsed, args.sources, strict=True)
     ]
 

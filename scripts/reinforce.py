@@ -1,18 +1,22 @@
-"""Reinforce a data set: store, for each sample, what teachers make of its augmented images and its captions.
+"""Reinforce a data set: store teachers' embeddings of each sample's augmented images and captions.
 
     python scripts/reinforce.py --input 'DIR/{00000000..00001023}.tar' --output DIR \\
         --config configs/datacompdr12m.json --synthetic-captions captions.jsonl
 
-Reads image-caption shards (`scripts/join_shards.py --require image,caption` makes them) and writes one shard of
-DataCompDR's layout for each: `<uid>.url.txt` (where there is one), `.syn.json`, `.paug.json`, `.npz` (or `.pth.gz`, in
-bfloat16) and `.json` with the image's sha256. The config names the teachers (`model_name` and `pretrained`, each with
-commas: OpenCLIP model names or model config files; OpenCLIP tags or checkpoint files), the number of augmentations
-(`num_samples`) and the augmentation itself. Synthetic captions are lines `{"uid": …, "syn_text": [str, …]}`.
+Reads image-caption shards, as `scripts/join_shards.py --require image,caption` makes them. Writes
+one shard of the same name for each, in DataCompDR's layout: `<uid>.url.txt` (if the sample has it),
+`.syn.json`, `.paug.json`, `.npz` (or `.pth.gz`, in bfloat16), and `.json` with the image's sha256.
 
-Under torchrun the ranks share out the shards. A shard is written under a temporary name; run again, finished ones are
-skipped. The augmentations of a sample depend on --seed and its uid alone. Teachers run in float32 unless told
-otherwise.
-Leaves out: making the synthetic captions, and downloading anything but OpenCLIP's own weights.
+The config names the teachers (`model_name` and `pretrained`, separated by commas: OpenCLIP model
+names or model config files; OpenCLIP tags or checkpoint files), the number of augmentations
+(`num_samples`), and the augmentation. Synthetic captions are lines of JSON:
+`{"uid": …, "syn_text": [str, …]}`. Teachers run in float32 unless --precision says otherwise.
+
+Under torchrun the ranks share the shards. A shard gets its name when it is complete, so the command
+can be run again: finished shards are skipped. The augmentations of a sample depend only on --seed
+and its uid.
+
+Does not make synthetic captions, and downloads nothing but OpenCLIP's own weights.
 """
 
 import argparse
@@ -20,25 +24,24 @@ import gzip
 import hashlib
 import io
 import json
-import logging
 import os
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import open_clip
 import torch
-import webdataset as wds
-from braceexpand import braceexpand
+from lib.publish import publish, publish_json, remove_leftovers
+from lib.report import printable, run_command
+from lib.shards import ShardError, expand_braces
+from lib.tar_writer import write_tar
+from lib.teachers import Teacher, compose_without_normalization, named_teachers
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipe's root, for dr
-from dr import checkpoint
-from dr.params import register_model
 from dr.sample import (
     IMAGE_MEMBERS,
     PLAIN_MEMBERS,
@@ -48,146 +51,115 @@ from dr.sample import (
     first_member,
     missing,
 )
-from dr.transforms import Compose, compose_from_config
+from dr.tar import read_samples
+from dr.transforms import Compose
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SETTINGS = "reinforce.json"  # in the output folder: how its shards were made
+READ_MEMBERS = (*IMAGE_MEMBERS, "txt", "json", "url.txt")
+
+Sample = dict[str, Any]  # as AugmentedShard yields it
 
 
-class Teacher:
-    """An OpenCLIP model that embeds images and captions, each to unit length."""
+class AugmentedShard(IterableDataset):
+    """The samples of a shard with their augmentations, in order, for any number of workers.
 
-    def __init__(self, name: str, pretrained: str, device: torch.device, precision: str):
-        self.device, self.autocast = device, precision == "bf16"
-        model_name = register_model(name)
-        if os.path.isfile(pretrained):
-            logging.disable(logging.WARNING)  # "no pretrained weights": they come now
-            model = open_clip.create_model(model_name, device=device)
-            logging.disable(logging.NOTSET)
-            state = checkpoint.load(pretrained, map_location="cpu")
-            state = {
-                key.removeprefix("module."): value
-                for key, value in state.get("state_dict", state).items()
-            }
-            model.load_state_dict(state)
-        else:
-            model = open_clip.create_model(model_name, pretrained=pretrained, device=device)
-        self.model, self.tokenizer = model.eval(), open_clip.get_tokenizer(model_name)
-        self.mean, self.std = (
-            model.visual.preprocess_cfg["mean"],
-            model.visual.preprocess_cfg["std"],
-        )
-        self.size = model.visual.preprocess_cfg["size"]
-
-    @torch.inference_mode()
-    def embed(
-        self, images: torch.Tensor | None, captions: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed images ``[N, 3, H, W]`` in 0…1 and captions; float32 ``[N, D]`` and ``[captions, D]`` on the CPU."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            normalized = F.normalize(images.to(self.device), list(self.mean), list(self.std))
-            image_emb = self.model.encode_image(normalized, normalize=True)
-            text_emb = self.model.encode_text(
-                self.tokenizer(captions).to(self.device), normalize=True
-            )
-        return image_emb.float().cpu(), text_emb.float().cpu()
-
-
-def named_teachers(config: dict, where: Path) -> list[tuple[str, str]]:
-    """The teachers of a reinforcement config: model name or config file, and weights, of each."""
-    names, weights = config["model_name"].split(","), config["pretrained"].split(",")
-    if len(names) != len(weights):
-        sys.exit(
-            f"error: {where}: model_name has {len(names)} entries and pretrained {len(weights)}: one for each"
-        )
-    return list(zip(names, weights, strict=True))
-
-
-def unnormalized(config: dict) -> Compose:
-    """The augmentation of a reinforcement config without its normalisation: each teacher has its own."""
-    return compose_from_config(
-        {k: v for k, v in config["reinforce"]["image_augmentation"].items() if k != "normalize"}
-    )
-
-
-def check_crop(compose: Compose, name: str, teacher: Teacher, where: Path) -> None:
-    """End with a line where a teacher takes images of another size than the augmentation gives."""
-    crop = compose.transforms["random_resized_crop"].size
-    if set(crop) != {teacher.size if isinstance(teacher.size, int) else teacher.size[0]}:
-        sys.exit(
-            f"error: {where}: the crop is {crop} pixels, but teacher {name} takes {teacher.size}"
-        )
-
-
-class Augmented(IterableDataset):
-    """The samples of a shard with their drawn augmentations, in order, whatever the number of workers."""
+    Args:
+        shard: path of the tar.
+        compose: the augmentation, without normalisation.
+        augmentations: number for each sample.
+        synthetic: synthetic captions by uid.
+        seed: of the augmentations.
+    """
 
     def __init__(
-        self, shard: str, compose, augmentations: int, synthetic: dict[str, list[str]], seed: int
-    ):
+        self,
+        shard: str,
+        compose: Compose,
+        augmentations: int,
+        synthetic: dict[str, list[str]],
+        seed: int,
+    ) -> None:
         self.shard, self.compose, self.augmentations = shard, compose, augmentations
         self.synthetic, self.seed = synthetic, seed
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield samples; or ``skipped``, why one cannot be used; or ``damage``, of the tar."""
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        samples = wds.DataPipeline(wds.SimpleShardList([self.shard]), wds.tarfile_to_samples())
-        for index, sample in enumerate(samples):
-            if index % step == first:
-                try:
-                    yield self.augment(sample)
-                except BadSample as error:
-                    yield {"uid": sample["__key__"], "skipped": error.reason}
-
-    def augment(self, sample: dict) -> dict:
-        for lack in missing(sample, PLAIN_MEMBERS):
-            raise BadSample(lack)
-        member, image = first_member(sample, IMAGE_MEMBERS)
         try:
-            record = json.loads(sample.get("json", b"{}"))
-        except ValueError as error:
+            with open(self.shard, "rb") as file:
+                samples = read_samples(file, READ_MEMBERS.__contains__)
+                for index, (key, members) in enumerate(samples):
+                    if index % step == first:
+                        try:
+                            yield self.augment(key, members)
+                        except BadSample as error:
+                            yield {"uid": key, "skipped": error.reason}
+        except tarfile.TarError as error:  # a DataLoader's worker would add its traceback
+            yield {"damage": str(error)}
+
+    def augment(self, key: str, members: dict[str, bytes]) -> Sample:
+        """Draw the augmentations of a sample, and apply them.
+
+        Raises:
+            BadSample: it lacks something, or has something unreadable.
+        """
+        for lack in missing(members, PLAIN_MEMBERS):
+            raise BadSample(lack)
+        try:
+            about = json.loads(members.get("json", b"{}"))
+            uid = about.get("uid", key)
+        except (ValueError, AttributeError, RecursionError) as error:
             raise BadSample("unreadable json", error) from error
-        uid = record.get("uid", sample["__key__"])
-        if uid not in self.synthetic:
+        if not isinstance(uid, str) or uid not in self.synthetic:
             raise BadSample("no synthetic captions")
-        img = decode_image({member: image})
-        seed = hashlib.sha256(f"{self.seed} {uid}".encode()).digest()[:8]
-        torch.manual_seed(int.from_bytes(seed, "little", signed=True))
-        tensors, params = zip(*(self.compose(img) for _ in range(self.augmentations)), strict=True)
+        _, image = first_member(members, IMAGE_MEMBERS)
+        img = decode_image(members)
+        digest = hashlib.sha256(f"{self.seed} {uid}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        drawn = [self.compose(img) for _ in range(self.augmentations)]
         return {
             "uid": uid,
-            "sha256": record.get("sha256", hashlib.sha256(image).hexdigest()),
-            "url": sample.get("url.txt"),
-            "images": torch.stack(tensors),
-            "params": [self.compose.compress(param) for param in params],
-            "captions": [caption(sample), *self.synthetic[uid]],
+            "sha256": about.get("sha256", hashlib.sha256(image).hexdigest()),
+            "url": members.get("url.txt"),
+            "images": torch.stack([image for image, _ in drawn]),
+            "params": [self.compose.compress(params) for _, params in drawn],
+            "captions": [caption(members), *self.synthetic[uid]],
         }
 
 
-def reinforced_members(
-    sample: dict, image_emb: torch.Tensor, text_emb: torch.Tensor, as_bf16: bool
+def encode_members(
+    sample: Sample, image_emb: torch.Tensor, text_emb: torch.Tensor, as_bf16: bool
 ) -> dict[str, bytes]:
-    """The members of one sample by extension."""
+    """The members of a reinforced sample by extension.
+
+    Args:
+        sample: as :class:`AugmentedShard` yields it.
+        image_emb: ``[A, ΣD_k]``.
+        text_emb: ``[1 + S, ΣD_k]``.
+        as_bf16: whether to store bfloat16.
+    """
     embeddings = {"image_emb": image_emb, "text_emb": text_emb}
-    stream = io.BytesIO()
+    stream, members = io.BytesIO(), dict[str, bytes]()
+    if sample["url"]:
+        members["url.txt"] = sample["url"]
+    members["syn.json"] = json.dumps({"syn_text": sample["captions"][1:]}).encode()
+    members["paug.json"] = json.dumps({"param_aug": sample["params"]}).encode()
     if as_bf16:
-        torch.save({name: tensor.to(torch.bfloat16) for name, tensor in embeddings.items()}, stream)
-        stored = {"pth.gz": gzip.compress(stream.getvalue(), mtime=0)}
+        torch.save({name: rows.to(torch.bfloat16) for name, rows in embeddings.items()}, stream)
+        members["pth.gz"] = gzip.compress(stream.getvalue(), mtime=0)
     else:
-        np.savez(stream, **{name: tensor.numpy() for name, tensor in embeddings.items()})
-        stored = {"npz": stream.getvalue()}
-    return {
-        **({"url.txt": sample["url"]} if sample["url"] else {}),
-        "syn.json": json.dumps({"syn_text": sample["captions"][1:]}).encode(),
-        "paug.json": json.dumps({"param_aug": sample["params"]}).encode(),
-        **stored,
-        "json": json.dumps({"uid": sample["uid"], "sha256": sample["sha256"]}).encode(),
-    }
+        np.savez(stream, **{name: rows.numpy() for name, rows in embeddings.items()})  # type: ignore[arg-type]
+        members["npz"] = stream.getvalue()
+    members["json"] = json.dumps({"uid": sample["uid"], "sha256": sample["sha256"]}).encode()
+    return members
 
 
-def batches(samples, size: int):
-    """Lists of samples with at least ``size`` augmented images together (but for the last)."""
-    batch, images = [], 0
+def make_batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """Group samples until a group has ``size`` augmented images or more, or no sample is left."""
+    batch: list[Sample] = []
+    images = 0
     for sample in samples:
         batch.append(sample)
         images += len(sample["images"])
@@ -198,161 +170,140 @@ def batches(samples, size: int):
         yield batch
 
 
+def skip_bad_samples(
+    samples: Iterable[Sample], shard: str, skipped: Counter[str]
+) -> Iterator[Sample]:
+    for sample in samples:
+        if "damage" in sample:
+            raise ShardError(f"{shard} is not a whole tar: {sample['damage']}")
+        if "skipped" in sample:
+            skipped[sample["skipped"]] += 1
+            uid = printable(sample["uid"])
+            print(f"warning: skipped sample {uid} of {shard}: {sample['skipped']}", file=sys.stderr)
+        else:
+            yield sample
+
+
+def embed_samples(
+    samples: Iterable[Sample], teachers: Sequence[Teacher], batch_size: int, as_bf16: bool
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield ``(uid, members)`` of reinforced samples."""
+    for batch in make_batches(samples, batch_size):
+        images = torch.cat([sample["images"] for sample in batch])
+        captions = [text for sample in batch for text in sample["captions"]]
+        embedded = [teacher.embed(images, captions) for teacher in teachers]
+        image_emb = torch.cat([image_rows for image_rows, _ in embedded], dim=1)
+        text_emb = torch.cat([text_rows for _, text_rows in embedded], dim=1)
+        image_parts = image_emb.split([len(sample["images"]) for sample in batch])
+        text_parts = text_emb.split([len(sample["captions"]) for sample in batch])
+        for sample, image_rows, text_rows in zip(batch, image_parts, text_parts, strict=True):
+            yield sample["uid"], encode_members(sample, image_rows, text_rows, as_bf16)
+
+
 def reinforce_shard(
-    shard: str, output: Path, teachers: list[Teacher], args, compose, count: int, synthetic
-) -> Counter:
-    """Write one shard, under a temporary name until it is complete; returns counts of written and left-out samples."""
-    outcome: Counter[str] = Counter()
-    dataset = Augmented(shard, compose, count, synthetic, args.seed)
-
-    def usable(samples):
-        for sample in samples:
-            if "skipped" in sample:
-                outcome[sample["skipped"]] += 1
-                print(
-                    f"warning: left out sample {sample['uid']} of {shard}: {sample['skipped']}",
-                    file=sys.stderr,
-                )
-            else:
-                yield sample
-
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for batch in batches(
-                usable(DataLoader(dataset, batch_size=None, num_workers=args.workers)),
-                args.batch_size,
-            ):
-                images = torch.cat([sample["images"] for sample in batch])
-                captions = [text for sample in batch for text in sample["captions"]]
-                image_emb, text_emb = (
-                    torch.cat(parts, dim=1)
-                    for parts in zip(
-                        *(teacher.embed(images, captions) for teacher in teachers), strict=True
-                    )
-                )
-                for sample in batch:
-                    augmentations, texts = len(sample["images"]), len(sample["captions"])
-                    members = reinforced_members(
-                        sample, image_emb[:augmentations], text_emb[:texts], args.format != "npz"
-                    )
-                    image_emb, text_emb = image_emb[augmentations:], text_emb[texts:]
-                    for extension, data in members.items():
-                        info = tarfile.TarInfo(f"{sample['uid']}.{extension}")
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
-                    outcome["written"] += 1
-            tar.close()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
-    return outcome
+    dataset: AugmentedShard,
+    output: Path,
+    teachers: Sequence[Teacher],
+    args: argparse.Namespace,
+    skipped: Counter[str],
+) -> int:
+    """Write one shard, and count the skipped samples by reason; returns how many were written."""
+    loader = DataLoader(dataset, batch_size=None, num_workers=args.workers)
+    usable = skip_bad_samples(loader, dataset.shard, skipped)
+    samples = embed_samples(usable, teachers, args.batch_size, args.format == "pth.gz")
+    remove_leftovers(output)
+    return publish(output, lambda file: write_tar(file, samples))
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--input", required=True, help="image-caption shards, braces as in WebDataset"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder for the reinforced shards"
-    )
-    parser.add_argument(
-        "--config", required=True, type=Path, help="reinforcement config, as in configs/"
-    )
-    parser.add_argument(
-        "--synthetic-captions", required=True, type=Path, help="JSON lines with uid and syn_text"
-    )
-    parser.add_argument(
-        "--format",
-        choices=["npz", "pth.gz"],
-        default="npz",
-        help="float32, or bfloat16 (default npz)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="of the teachers (default fp32)",
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=256, help="augmented images at a time (default 256)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that decode and augment, for each rank"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    config = json.loads(args.config.read_text())
-    named, compose = named_teachers(config, args.config), unnormalized(config)
-    with open(args.synthetic_captions) as lines:
-        synthetic = {record["uid"]: record["syn_text"] for record in map(json.loads, lines)}
-
-    # One output folder holds shards that were made in one way.
-    args.output.mkdir(parents=True, exist_ok=True)
-    files = [
-        str(args.synthetic_captions),
-        *(name for pair in named for name in pair if os.path.isfile(name)),
-    ]
+def check_settings(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Record how the shards are made; exits with a line if the folder's were made otherwise."""
+    named = [name for pair in named_teachers(config, args.config) for name in pair]
+    files = [str(args.synthetic_captions), *filter(os.path.isfile, named)]
     settings = {
         "config": config,
         "format": args.format,
         "precision": args.precision,
         "seed": args.seed,
-    }
-    settings["sha256"] = {
-        name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files
+        "sha256": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files},
     }
     recorded = args.output / SETTINGS
     if recorded.exists() and json.loads(recorded.read_text()) != settings:
-        sys.exit(
-            f"error: the shards in {args.output} were made with other settings (see {recorded}): choose another folder"
+        raise SystemExit(
+            f"error: the shards in {args.output} were made with other settings (see {recorded}): "
+            "choose another folder"
         )
-    temporary = recorded.with_name(f".{SETTINGS}.{RANK}")
-    temporary.write_text(json.dumps(settings, indent=1))
-    os.replace(temporary, recorded)
+    publish_json(recorded, settings)
 
-    shards = list(braceexpand(args.input))
+
+def find_shards(pattern: str) -> list[str]:
+    """The input shards; exits with a line if some are missing or have the same name."""
+    shards = expand_braces(pattern)
     absent = [shard for shard in shards if not os.path.isfile(shard)]
     if absent:
-        sys.exit(
-            f"error: {len(absent)} of {len(shards)} shards of --input are not there, the first is {absent[0]}"
+        raise SystemExit(
+            f"error: {len(absent)} of {len(shards)} shards of --input are missing, the first is "
+            f"{absent[0]}"
         )
     if len({os.path.basename(shard) for shard in shards}) < len(shards):
-        sys.exit(
-            "error: --input names several shards of one file name: reinforce each folder into an --output of its own"
+        raise SystemExit(
+            "error: --input names several shards of one file name: reinforce each folder into an "
+            "--output of its own"
         )
-    todo = [
-        (s, o)
-        for s in shards[RANK::WORLD_SIZE]
-        if not (o := args.output / os.path.basename(s)).exists()
-    ]
-    device = torch.device(
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    )
-    teachers = [Teacher(*teacher, device, args.precision) for teacher in named] if todo else []
-    for (name, _), teacher in zip(named, teachers, strict=False):
-        check_crop(compose, name, teacher, args.config)
+    return shards
 
-    outcome: Counter[str] = Counter()
-    for shard, output in tqdm(
-        todo, desc=f"reinforce (rank {RANK})", unit="shard", disable=None if RANK == 0 else True
-    ):
-        outcome += reinforce_shard(
-            shard, output, teachers, args, compose, config["num_samples"], synthetic
-        )
-    skipped = ", ".join(f"{n} {reason}" for reason, n in outcome.items() if reason != "written")
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", required=True, help="image-caption shards, as a brace pattern")
+    add("--output", required=True, type=Path, help="folder for the reinforced shards")
+    add("--config", required=True, type=Path, help="reinforcement config, as in configs/")
+    text = "lines of JSON with uid and syn_text"
+    add("--synthetic-captions", required=True, type=Path, help=text)
+    text = "store float32 (npz) or bfloat16 (pth.gz); default %(default)s"
+    add("--format", choices=["npz", "pth.gz"], default="npz", help=text)
+    text = "precision of the teachers; default %(default)s"
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help=text)
+    text = "augmented images to embed at a time; default %(default)s"
+    add("--batch-size", type=int, default=256, help=text)
+    text = "processes of each rank that decode and augment; default %(default)s"
+    add("--workers", type=int, default=0, help=text)
+    text = "seed of the augmentations; default %(default)s"
+    add("--seed", type=int, default=0, help=text)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    config = json.loads(args.config.read_text())
+    named, compose = named_teachers(config, args.config), compose_without_normalization(config)
+    with open(args.synthetic_captions) as lines:
+        synthetic = {record["uid"]: record["syn_text"] for record in map(json.loads, lines)}
+    check_settings(args, config)
+
+    own = find_shards(args.input)[RANK::WORLD_SIZE]
+    outputs = {shard: args.output / os.path.basename(shard) for shard in own}
+    todo = [shard for shard in own if not outputs[shard].exists()]
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(gpu if torch.cuda.is_available() else "cpu")
+    teachers = [Teacher(*teacher, device, args.precision) for teacher in named] if todo else []
+    for teacher in teachers:
+        teacher.check_crop(compose, args.config)
+
+    skipped, written = Counter[str](), 0
+    bar = tqdm(todo, f"reinforce (rank {RANK})", unit="shard", disable=None if RANK == 0 else True)
+    for shard in bar:
+        dataset = AugmentedShard(shard, compose, config["num_samples"], synthetic, args.seed)
+        written += reinforce_shard(dataset, outputs[shard], teachers, args, skipped)
+    reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
     print(
-        f"rank {RANK}: {len(todo)} shards reinforced, {outcome['written']} samples"
-        + (f"; left out: {skipped}" if skipped else "")
+        f"rank {RANK}: {len(todo)} shards reinforced, {written} samples"
+        + (f"; skipped: {reasons}" if reasons else "")
     )
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main()
+    run_command(main, ShardError)

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from conftest import ROOT, environment, run
-from shards import AUGMENTATION, encode, picture, read_shard, uid, write_shard
+from shards import AUGMENTATION, encode, picture, read_samples, uid, write_shard
 
 from dr.params import register_model
 from dr.sample import augmentation_parameters, caption, decode_image, embeddings, synthetic_captions
@@ -72,14 +72,6 @@ def reinforce(world, output, *options, ranks=1, shards="{00000000..00000002}.tar
     )
 
 
-def samples_of(path):
-    found = {}
-    for name, data in read_shard(path):
-        key, _, extension = name.partition(".")
-        found.setdefault(key, {})[extension] = data
-    return found
-
-
 @torch.inference_mode()
 def embed(world, images, captions):
     """An independent look: OpenCLIP's own validation normalisation and calls."""
@@ -104,8 +96,8 @@ def test_stored_rows_are_the_teachers_embeddings_of_exactly_those_images_and_cap
     compose = compose_from_config(AUGMENTATION)
     tolerance = {"npz": 1e-5, "pth.gz": 4e-3}[stored_as]  # bfloat16 has 8 bits
     for shard in range(SHARDS):
-        plain = samples_of(world / "plain" / f"{shard:08d}.tar")
-        made = samples_of(tmp_path / f"{shard:08d}.tar")
+        plain = read_samples(world / "plain" / f"{shard:08d}.tar")
+        made = read_samples(tmp_path / f"{shard:08d}.tar")
         assert list(made) == list(plain)
         for key, members in made.items():
             assert set(members) == {"syn.json", "paug.json", stored_as, "json"}
@@ -168,7 +160,7 @@ def test_samples_that_lack_something_are_left_out_and_counted(world, tmp_path):
     write_shard(world / "plain" / "odd.tar", samples)
     done = reinforce(world, tmp_path, shards="odd.tar")
     assert done.returncode == 0
-    made = samples_of(tmp_path / "odd.tar")
+    made = read_samples(tmp_path / "odd.tar")
     assert list(made) == [uid(0), uid(3)]
     assert json.loads(made[uid(3)]["json"])["sha256"] == "as downloaded"
     for reason in ("1 lacks an image", "1 undecodable image", "1 no synthetic captions"):

@@ -11,13 +11,16 @@ import hashlib
 import itertools
 import os
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
 
+from tqdm import tqdm
+
+from .pool import run_all
 from .publish import publish, remove_leftovers
 from .shards import (
     HEADER_BUFFER,
@@ -40,7 +43,6 @@ TABLES = """
 """
 Listed = tuple[int, str, int, int]  # number, name, size, time of change
 Scanned = tuple[int, list[tuple[int, int, int, int]], str | None]  # number, rows, fault
-Scan = Callable[[tuple[int, str]], Scanned]
 
 
 def hash_uid(uid: str) -> int:
@@ -98,19 +100,8 @@ class UnalignedSource:
     state: str
 
     @classmethod
-    def open(
-        cls,
-        source: Source,
-        output: Path,
-        scan_all: Callable[[Scan, list[tuple[int, str]]], Iterable[Scanned]],
-    ) -> "UnalignedSource":
-        """A source with an index that is up to date.
-
-        Args:
-            source: the shards.
-            output: the index is in this folder's ``.joined``.
-            scan_all: ``scan_all(function, items)`` yields the results of the function.
-        """
+    def open(cls, source: Source, output: Path, workers: int) -> "UnalignedSource":
+        """A source whose index, in the ``.joined`` of the output folder, is up to date."""
         folder, shards = source.folder, list[Listed]()
         for number, name in enumerate(source.shards()):
             stat = (folder / name).stat()
@@ -122,8 +113,10 @@ class UnalignedSource:
         opened = cls(folder, output / ".joined" / f"unaligned-{place}.sqlite", "")
         if not opened._is_fresh(shards):
             paths = [(number, str(folder / name)) for number, name, *_ in shards]
+            scanned = run_all(scan_shard, paths, workers)
+            bar = tqdm(scanned, "index of unaligned shards", total=len(paths), unit=" shards")
             try:
-                _build(opened.index, shards, scan_all(scan_shard, paths))
+                _build(opened.index, shards, bar)
             except (sqlite3.Error, FileNotFoundError) as error:
                 # A run that was faster removes our file; then its index is there.
                 if not opened._is_fresh(shards):

@@ -63,6 +63,11 @@ class Teacher:
             text_emb = self.model.encode_text(tokens, normalize=True)
         return image_emb.float().cpu(), text_emb.float().cpu()
 
+    def measure_dimension(self) -> int:
+        """The width D of its embeddings."""
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        return self.embed(torch.zeros(1, 3, height, width), [""])[0].shape[1]
+
     def check_crop(self, compose: Compose, where: Path) -> None:
         """Exit with a line if the augmentation of config ``where`` gives images of another size."""
         crop = compose.transforms["random_resized_crop"].size
