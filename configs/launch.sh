@@ -109,8 +109,10 @@ launch() {
     local parts=$((NUM_NODES * processes * ACCUM_FREQ))
     [ $((GLOBAL_BATCH % parts)) -eq 0 ] || fail "GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of" \
         "$parts ($NUM_NODES nodes x $processes processes x ACCUM_FREQ=$ACCUM_FREQ)"
-    # An "epoch" of the trainer is the interval between two checkpoints, whatever the data size.
-    local epoch_samples=$((ITERATIONS * GLOBAL_BATCH / CHECKPOINTS))
+    # An "epoch" of the trainer is the interval between two checkpoints, whatever the data size. The
+    # last one is shorter where CHECKPOINTS does not divide ITERATIONS.
+    local steps=$(((ITERATIONS + CHECKPOINTS - 1) / CHECKPOINTS))
+    local epochs=$(((ITERATIONS + steps - 1) / steps))
 
     local sampling
     case $SAMPLING in
@@ -120,7 +122,8 @@ launch() {
     esac
 
     local args=(
-        --train-data "$DATA" --train-num-samples "$epoch_samples" --epochs "$CHECKPOINTS"
+        --train-data "$DATA" --train-num-samples $((steps * GLOBAL_BATCH))
+        --epochs "$epochs" --total-steps "$ITERATIONS"
         --dataset-type webdataset "$sampling" --workers "$WORKERS"
         --model "$MODEL" --precision "${PRECISION:-amp}" --batch-size $((GLOBAL_BATCH / parts))
         --accum-freq "$ACCUM_FREQ" --lr "$LR" --wd "$WD" --beta2 "$BETA2" --warmup "$WARMUP"

@@ -216,8 +216,8 @@ def _copy_rules(args: Namespace) -> Iterator[Rule]:
     ignored = {"log", "logs", "wandb", ".."}  # what --copy-codebase does not copy
     yield (
         args.copy_codebase and not ignored.intersection(inside),
-        f"--copy-codebase copies {tree}, and --logs {args.logs} is inside it: choose another folder "
-        "for --logs, or one named logs/",
+        f"--copy-codebase copies {tree}, and --logs {args.logs} is inside it: choose another "
+        "folder for --logs, or one named logs/",
     )
     with_aws = bool(args.remote_sync) and args.remote_sync_protocol == "s3"
     yield (

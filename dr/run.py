@@ -190,7 +190,7 @@ class Run:
         if found and (self.args.lock_image or self.args.lock_text):
             raise SystemExit(
                 f"error: {names}: unlocked, but without a gradient in the first step, so not "
-                "trained. Lock other layers, or train without --grad-checkpointing (GRAD_CHECKPOINTING=0)."
+                "trained. Lock other layers, or train without --grad-checkpointing."
             )
         if found and self.args.rank == 0:
             logging.warning(f"Not trained, as the first step gave no gradient: {names}")

@@ -1,7 +1,8 @@
-"""Run with a patched tree on PYTHONPATH by test_trainer.py: the trainer's step with and without accumulation.
+"""Run with a patched tree on PYTHONPATH by test_trainer.py: the trainer's step with and without
+accumulation.
 
-Prints, as JSON, the largest relative difference of any parameter's gradient between one batch and the same batch as
-several micro-batches, and the relative difference of the logit scale's.
+Prints, as JSON, the largest relative difference of any parameter's gradient between one batch and
+the same batch as several micro-batches, and the relative difference of the logit scale's.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""What several tests share: a patched OpenCLIP tree, the same tree unpatched, and an old webdataset."""
+"""What several tests share: a patched OpenCLIP tree, the same tree unpatched, and an old
+webdataset."""
 
 import os
 import shutil

@@ -1,4 +1,5 @@
-"""A small Hugging Face Hub on 127.0.0.1 for the tests: what huggingface_hub asks of data set repositories, over HTTP.
+"""A small Hugging Face Hub on 127.0.0.1 for the tests: what huggingface_hub asks of data set
+repositories, over HTTP.
 
     with hub_server({"apple/DataCompDR-12M": folder}) as hub:
         run(command, env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")})
@@ -6,22 +7,24 @@
 
 ``hub_server(repos, token=None, gated=(), break_once=(), slow=0, redirect=False)``
 
-    repos       {repository: folder}: what the folder holds is what its branch main holds, at every request
-    token       a str: whoever doesn't send it gets 401, with the Hub's error codes
-    gated       repositories whose files (not their lists) are refused with 403, as if one hadn't accepted their terms
-    break_once  paths in a repository: the first GET of such a file is cut off after half of what was asked for
-    slow        seconds to wait after each PIECE bytes of a file
-    redirect    whether shards are redirected to another host (localhost instead of 127.0.0.1), as to the Hub's CDN
+    repos       {repository: folder}: what the folder holds is what its branch main holds, at every
+    request token       a str: whoever doesn't send it gets 401, with the Hub's error codes gated
+    repositories whose files (not their lists) are refused with 403, as if one hadn't accepted their
+    terms break_once  paths in a repository: the first GET of such a file is cut off after half of
+    what was asked for slow        seconds to wait after each PIECE bytes of a file redirect
+    whether shards are redirected to another host (localhost instead of 127.0.0.1), as to the Hub's
+    CDN
 
-``hub.url`` is for HF_ENDPOINT (in the environment of a subprocess: huggingface_hub reads it when it is imported).
-``hub.requests`` are the requests so far, in order: ``method``, ``path`` (decoded, without the query), ``range`` (the
-Range header or None), ``headers`` (lower-case names), ``status``, ``sent`` (bytes of a file that went out).
-``hub.gets(name)`` are the GETs of the file ``name`` (none: of any file) that got bytes, ``hub.sent(name)`` their sum.
+``hub.url`` is for HF_ENDPOINT (in the environment of a subprocess: huggingface_hub reads it when it
+is imported). ``hub.requests`` are the requests so far, in order: ``method``, ``path`` (decoded,
+without the query), ``range`` (the Range header or None), ``headers`` (lower-case names),
+``status``, ``sent`` (bytes of a file that went out). ``hub.gets(name)`` are the GETs of the file
+``name`` (none: of any file) that got bytes, ``hub.sent(name)`` their sum.
 
 Answers: /api/datasets/REPO[/revision/REV], …/tree/REV[/PATH], …/paths-info/REV, and HEAD and GET of
-/datasets/REPO/resolve/REV/PATH, with Range. Works with snapshot_download, hf_hub_download, HfApi and HfFileSystem.
-Files other than TEXT have LFS metadata, as shards have on the Hub. Leaves out: pages of a listing, Xet, writing, and
-commits other than the present one.
+/datasets/REPO/resolve/REV/PATH, with Range. Works with snapshot_download, hf_hub_download, HfApi
+and HfFileSystem. Files other than TEXT have LFS metadata, as shards have on the Hub. Leaves out:
+pages of a listing, Xet, writing, and commits other than the present one.
 """
 
 import contextlib
@@ -301,7 +304,8 @@ class Server(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def hub_server(repos, token=None, gated=(), break_once=(), slow=0, redirect=False):
-    """See the module's docstring; yields the :class:`Hub`, whose server has stopped when the block ends."""
+    """See the module's docstring; yields the :class:`Hub`, whose server has stopped when the block
+    ends."""
     names = {break_once} if isinstance(break_once, str) else set(break_once or ())
     hub = Hub(dict(repos), token, tuple(gated), names, slow, redirect, [], threading.Event())
     server = Server(("127.0.0.1", 0), Handler)

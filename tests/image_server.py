@@ -1,4 +1,5 @@
-"""A web server on 127.0.0.1 for the tests of the image download: it answers as told, well or badly, and counts."""
+"""A web server on 127.0.0.1 for the tests of the image download: it answers as told, well or badly,
+and counts."""
 
 import contextlib
 import threading

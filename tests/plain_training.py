@@ -1,4 +1,5 @@
-"""Run with a tree on PYTHONPATH by test_trainer.py: plain training on plain shards, on a tree patched or not.
+"""Run with a tree on PYTHONPATH by test_trainer.py: plain training on plain shards, on a tree
+patched or not.
 
 Prints, as JSON, digests of the first batches and the losses of every step.
 """
@@ -12,7 +13,8 @@ import open_clip
 import torch
 from training import data, main, params
 
-# The trainer's sample shuffle is seeded by the clock: without it, what is left is what has to be the same.
+# The trainer's sample shuffle is seeded by the clock: without it, what is left is what has to be
+# the same.
 data._SAMPLE_SHUFFLE_SIZE = data._SAMPLE_SHUFFLE_INITIAL = 1
 model, shards, logs, resampled = sys.argv[1:]
 options = [

@@ -1,12 +1,13 @@
-"""Run by test_sampling_runs.py and sampling_coverage.py under torchrun, with a patched tree on PYTHONPATH: the trainer itself,
-writing down what it trains on.
+"""Run by test_sampling_runs.py and sampling_coverage.py under torchrun, with a patched tree on
+PYTHONPATH: the trainer itself, writing down what it trains on.
 
     torchrun … recorded_training.py RUNS.json
 
-RUNS.json is a list of {"record": folder, "options": trainer's options, "event": what happens to it}, run one after the
-other. Each rank appends to <folder>/<rank>.jsonl: {"epoch", "first", "batches"} when it starts an epoch or goes on with
-it; for each batch {"samples", "captions", "augmentations"}, decoded from the tensors that reach the model (see
-shards.reinforced_sample); and for each step {"loss"}. Events, each on one rank:
+RUNS.json is a list of {"record": folder, "options": trainer's options, "event": what happens to
+it}, run one after the other. Each rank appends to <folder>/<rank>.jsonl: {"epoch", "first",
+"batches"} when it starts an epoch or goes on with it; for each batch {"samples", "captions",
+"augmentations"}, decoded from the tensors that reach the model (see shards.reinforced_sample); and
+for each step {"loss"}. Events, each on one rank:
 
     ["kill", rank, n]      SIGKILL before its n-th batch is trained on
     ["term", rank, n]      SIGTERM there

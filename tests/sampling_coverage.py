@@ -1,9 +1,11 @@
-"""How often each sample is seen in each pass, over real runs of the patched trainer: prints a table.
+"""How often each sample is seen in each pass, over real runs of the patched trainer: prints a
+table.
 
     python tests/sampling_coverage.py [OPEN_CLIP_TREE]
 
-The layouts of LAYOUTS are trained one after the other under torchrun, on 1, 2 and 3 processes on the CPU. A sample's
-pass is told by its augmentation: in four passes each of its four comes once. test_sampling_runs.py asserts the same.
+The layouts of LAYOUTS are trained one after the other under torchrun, on 1, 2 and 3 processes on
+the CPU. A sample's pass is told by its augmentation: in four passes each of its four comes once.
+test_sampling_runs.py asserts the same.
 """
 
 import itertools
@@ -65,7 +67,8 @@ LAYOUTS = [
 
 
 def write_shards(folder, sizes):
-    """Shards of numbered samples with AUGMENTATIONS augmentations and 3 synthetic captions; returns their pattern."""
+    """Shards of numbered samples with AUGMENTATIONS augmentations and 3 synthetic captions; returns
+    their pattern."""
     number = itertools.count()
     for shard, size in enumerate(sizes):
         samples = [
@@ -154,7 +157,8 @@ def seen(batches):
 
 
 def taken(sampling):
-    """The (pass, shard, place) that streams have taken, by what a checkpoint says; on one layout."""
+    """The (pass, shard, place) that streams have taken, by what a checkpoint says; on one
+    layout."""
     streams, total = len(sampling["cursors"]), sum(sampling["sizes"])
     order = lru_cache(None)(lambda pass_: ShardOrder(sampling["seed"], pass_, sampling["sizes"]))
     found = []
@@ -214,7 +218,8 @@ def one_run(layout, shards, config, folder, **changes):
 
 
 def coverage(layout, folder):
-    """(samples of complete passes seen once, twice or more, never; samples of the others seen once, twice or more)."""
+    """(samples of complete passes seen once, twice or more, never; samples of the others seen once,
+    twice or more)."""
     import torch
 
     last = torch.load(

@@ -1,4 +1,5 @@
-"""Caption shards hold each sample's caption from the metadata, in the reinforcements' order, whatever the memory."""
+"""Caption shards hold each sample's caption from the metadata, in the reinforcements' order,
+whatever the memory."""
 
 import fcntl
 import json
@@ -306,10 +307,11 @@ def test_join_of_more_than_the_memory_spills_and_stays_within_it(folders):
         import caption_shards, json, pathlib, types
         output = pathlib.Path({str(folders.output)!r})
         args = types.SimpleNamespace(memory={memory}, threads=1, output=output, work=output)
-        part = [{{"shard": f"{{shard}}.tar", "samples": {samples // shards}}} for shard in range({shards})]
-        files, report = caption_shards.find_metadata({str(folders.metadata)!r}), {{"spilled_bytes": 0}}
-        caption_shards.join_part(output / "part", part, files, {samples}, args, report)
-        print(json.dumps({{**report, "peak_bytes": caption_shards.measure_peak_memory()}}))
+        part = [{{"shard": f"{{shard}}.tar", "samples": {samples // shards}}} for shard in
+        range({shards})] files, report = caption_shards.find_metadata({str(folders.metadata)!r}),
+        {{"spilled_bytes": 0}} caption_shards.join_part(output / "part", part, files, {samples},
+        args, report) print(json.dumps({{**report, "peak_bytes":
+        caption_shards.measure_peak_memory()}}))
     """
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     command = [sys.executable, "-c", code]

@@ -1,6 +1,8 @@
-"""The image download brings every image that is there under its own uid, says of every other one why not, and resumes.
+"""The image download brings every image that is there under its own uid, says of every other one
+why not, and resumes.
 
-The first test to start scripts/download_images.sh makes .venv-img2dataset, in a minute or two; later ones reuse it.
+The first test to start scripts/download_images.sh makes .venv-img2dataset, in a minute or two;
+later ones reuse it.
 """
 
 import contextlib
@@ -42,7 +44,8 @@ class Folders:
         )
 
     def write(self, name, samples):
-        """Write a shard of ``(seed, address, bytes that were embedded)``, as DataComp-12M and DataCompDR-12M are."""
+        """Write a shard of ``(seed, address, bytes that were embedded)``, as DataComp-12M and
+        DataCompDR-12M are."""
         captions, reinforcements = [], []
         for seed, url, image in samples:
             sha256 = hashlib.sha256(image).hexdigest()
@@ -88,7 +91,8 @@ class Folders:
         return json.loads((self.images / "download_report.json").read_text())
 
     def outcomes(self):
-        """{shard: {uid: (outcome, error_message)}} of all parquets, read by an interpreter that has pyarrow."""
+        """{shard: {uid: (outcome, error_message)}} of all parquets, read by an interpreter that has
+        pyarrow."""
         own = (
             Path(os.environ.get("IMG2DATASET_VENV", ROOT / ".venv-img2dataset")) / "bin" / "python"
         )
@@ -347,7 +351,8 @@ def test_nothing_is_fetched_again_and_nothing_left_over(web, server):
 
 
 def processes_of(folders):
-    """The processes that were started with these folders in their environment, by whatever process."""
+    """The processes that were started with these folders in their environment, by whatever
+    process."""
     found, mark = [], f"DATACOMP12M_IMAGES_PATH={folders.images}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -387,7 +392,8 @@ def kill_and_run_again(folders, server):
         finally:
             process.kill()
 
-    # killed when img2dataset has finished shard 0 and is at shard 1: maybe before the shard has got its name
+    # killed when img2dataset has finished shard 0 and is at shard 1: maybe before the shard has got
+    # its name
     status, _ = interrupt(
         signal.SIGKILL,
         lambda: server.hits["/gate/0"] and list(folders.images.rglob("00000000_stats.json")),

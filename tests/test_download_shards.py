@@ -1,4 +1,5 @@
-"""Downloads bring exactly the shards that were asked for, each byte once, and never a wrong or half one."""
+"""Downloads bring exactly the shards that were asked for, each byte once, and never a wrong or half
+one."""
 
 import hashlib
 import os
@@ -374,7 +375,8 @@ def test_disk_that_is_too_small_is_refused_before_anything_comes(place):
 
 
 def test_disk_that_fills_up_fails_with_one_line_and_nothing_half(place):
-    """A limit of file size stands in for the full disk: the space was there when it was looked at."""
+    """A limit of file size stands in for the full disk: the space was there when it was looked
+    at."""
     command = f"ulimit -f 600; exec bash {FACE} --shards 0"
     with hub_server(place.repos) as hub:
         run = subprocess.run(

@@ -1,4 +1,5 @@
-"""Joining gives every complete sample once and whole, the same bytes every time, and never a wrong shard."""
+"""Joining gives every complete sample once and whole, the same bytes every time, and never a wrong
+shard."""
 
 import errno
 import hashlib
@@ -115,7 +116,8 @@ class Folders:
         return json.loads(((output or self.output) / "join_report.json").read_text())
 
     def joined(self, name="00000000.tar"):
-        """{uid: {extension: bytes}} of a joined shard, in order; its samples' members must be contiguous."""
+        """{uid: {extension: bytes}} of a joined shard, in order; its samples' members must be
+        contiguous."""
         samples, last = {}, None
         for member, data in read_shard(self.output / name):
             uid, _, extension = member.partition(".")

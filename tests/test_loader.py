@@ -252,7 +252,7 @@ def test_sizes_json_is_believed_and_what_is_not_there_is_skipped(tmp_path):
     assert batches.read == 20 + batches.skipped.total()
 
 
-# --- resumed ----------------------------------------------------------------------------------------------------------
+# --- resumed --------------------------------------------------------------------------------------
 def saved(tmp_path, batches, step, **changes):
     """A checkpoint with the loader's state, as ``run.Run`` writes it."""
     state = batches.state_dict()

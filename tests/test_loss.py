@@ -157,7 +157,7 @@ def test_settings_that_can_never_run_are_refused_at_once():
         )
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_the_loss_and_its_gradients_are_the_same_on_several_processes(processes, tmp_path):
     """A real torchrun over gloo; what each rank checks stands in tests/distributed_loss.py."""
@@ -189,7 +189,7 @@ def test_labels_may_be_cached_while_the_batch_size_changes():
         close(loss(image, text, torch.tensor(14.0), image, text)[0], expected)
 
 
-# --- gradients without a matrix of local × global batch ---------------------------------------------------------------
+# --- gradients without a matrix of local × global batch -------------------------------------------
 def formula(
     image,
     text,

@@ -1,4 +1,5 @@
-"""Shards become batches: what belongs together stays together, and bad samples cost nothing but themselves."""
+"""Shards become batches: what belongs together stays together, and bad samples cost nothing but
+themselves."""
 
 import itertools
 import json
@@ -254,7 +255,7 @@ def test_one_usable_sample_is_enough_to_go_on(tmp_path):
         assert next(made).texts[0, 0, 1] == 51
 
 
-# --- OpenCLIP's stages ------------------------------------------------------------------------------
+# --- OpenCLIP's stages ----------------------------------------------------------------------------
 def passed(items):
     yield from items
 
@@ -325,7 +326,7 @@ def test_a_baseline_that_can_decode_nothing_gives_up():
             pass
 
 
-# --- giving up --------------------------------------------------------------------------------------
+# --- giving up ------------------------------------------------------------------------------------
 def stream_of(count, good):
     """Items of which a stage can use those for which ``good`` says so."""
     for number in count:

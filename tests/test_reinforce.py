@@ -1,4 +1,5 @@
-"""What reinforce.py stores is what the teachers make of the images under the stored parameters, and of the captions."""
+"""What reinforce.py stores is what the teachers make of the images under the stored parameters, and
+of the captions."""
 
 import hashlib
 import json
@@ -20,7 +21,8 @@ SAMPLES, SHARDS = 5, 3
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Image-caption shards, synthetic captions, two teachers with random weights, and a config that names them."""
+    """Image-caption shards, synthetic captions, two teachers with random weights, and a config that
+    names them."""
     folder = tmp_path_factory.mktemp("reinforce")
     lines = []
     for shard in range(SHARDS):

@@ -1,4 +1,5 @@
-"""Which sample comes when: each position once in a pass, whoever takes it, and whatever becomes of the layout."""
+"""Which sample comes when: each position once in a pass, whoever takes it, and whatever becomes of
+the layout."""
 
 import itertools
 import random
@@ -36,9 +37,11 @@ def test_parts_are_whole_and_over_all_passes_nobody_gets_more_than_one_more(tota
 
 
 def take(seed, total, layouts):
-    """Streams that come and go: how often each (pass, position) was taken, and up to which pass all is taken.
+    """Streams that come and go: how often each (pass, position) was taken, and up to which pass all
+    is taken.
 
-    Each layout is (streams, a function that says how many each takes), the run goes on from the cursors of the last.
+    Each layout is (streams, a function that says how many each takes), the run goes on from the
+    cursors of the last.
     """
     taken, previous, cursors = Counter(), [], None
     for streams, how_many in layouts:

@@ -1,4 +1,5 @@
-"""Real runs of the patched trainer without replacement: what is seen, killed and resumed, on data that is imperfect."""
+"""Real runs of the patched trainer without replacement: what is seen, killed and resumed, on data
+that is imperfect."""
 
 import gzip
 import io
@@ -142,7 +143,7 @@ def test_every_sample_is_seen_once_in_a_complete_pass_and_never_twice_in_one(num
     assert once >= sum(layout.sizes) and (twice, never, rest_twice) == (0, 0, 0)
 
 
-# --- killed and resumed -----------------------------------------------------------------------------------------------
+# --- killed and resumed ---------------------------------------------------------------------------
 def curve(batches):
     return {
         at: (
@@ -169,7 +170,8 @@ def resumed_from(folder):
 def test_a_run_killed_anywhere_goes_on_as_if_nothing_had_been(
     tree, config, shards, on_two_ranks, tmp_path
 ):
-    """SIGKILL, SIGKILL while a checkpoint is written, SIGTERM to one rank: each time --resume latest."""
+    """SIGKILL, SIGKILL while a checkpoint is written, SIGTERM to one rank: each time --resume
+    latest."""
     folders = []
     for number, event in enumerate([["kill", 1, 7], ["kill saving", 0, 2], ["term", 1, 3], None]):
         folders.append(tmp_path / f"record{number}")
@@ -207,7 +209,8 @@ def test_a_run_that_an_earlier_version_started_goes_on_at_the_next_batch(on_two_
 def test_on_another_number_of_ranks_no_sample_of_a_pass_is_repeated_or_lost(
     tree, config, shards, tmp_path
 ):
-    """Two ranks are killed, three that go on get SIGTERM by way of torchrun, and two go on to the end."""
+    """Two ranks are killed, three that go on get SIGTERM by way of torchrun, and two go on to the
+    end."""
     folders = [tmp_path / f"record{number}" for number in range(3)]
     for folder, ranks, event in zip(
         folders, (2, 3, 2), (["kill", 0, 5], ["slow", 0, 0.3], None), strict=True
@@ -315,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_samples(
     assert step_checkpoints(tmp_path) == written
 
 
-# --- imperfect data ---------------------------------------------------------------------------------------------------
+# --- imperfect data -------------------------------------------------------------------------------
 class Planted:
     """Unpickled, it leaves a file behind."""
 

@@ -1,4 +1,5 @@
-"""Any sample by its place: what WebDataset reads in order, and a shard that is damaged costs what can't be read."""
+"""Any sample by its place: what WebDataset reads in order, and a shard that is damaged costs what
+can't be read."""
 
 import os
 

@@ -145,7 +145,7 @@ def test_data_after_the_end_mark_raises_where_a_whole_tar_is_asked_for(after):
         list(read_headers(io.BytesIO(data + after), whole=True))
 
 
-# --- grouping ---------------------------------------------------------------------------------------------------------
+# --- grouping -------------------------------------------------------------------------------------
 def grouped(names):
     return [
         (key, list(sample)) for key, sample in group_members((name, "content") for name in names)
@@ -170,7 +170,8 @@ EXTENSIONS = ["", ".", ".jpg", ".JPG", ".json", ".syn.json", ".__key__", ".c/d"]
 
 @pytest.mark.parametrize("seed", range(100))
 def test_samples_are_those_of_webdatasets_own_grouping(seed, tmp_path):
-    """On random member names. webdataset raises on a repeated extension: see test_trainer.py for OpenCLIP's rule."""
+    """On random member names. webdataset raises on a repeated extension: see test_trainer.py for
+    OpenCLIP's rule."""
     rng, seen, names = random.Random(seed), set(), []
     for _ in range(40):
         name = rng.choice(NAMES) + rng.choice(EXTENSIONS)

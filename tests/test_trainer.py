@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -240,8 +241,8 @@ def test_shards_without_images_stop_the_run(tree, config, tmp_path, script):
 def test_without_the_new_options_openclip_trains_as_before(
     tree, unpatched_tree, old_webdataset, tmp_path, resampled
 ):
-    """The same batches, bit for bit, and the same losses: unpatched and patched on the last webdataset on which the
-    unpatched trainer works, and patched on the newest."""
+    """The same batches, bit for bit, and the same losses: unpatched and patched on the last
+    webdataset on which the unpatched trainer works, and patched on the newest."""
     for shard in range(3):
         samples = []
         for seed in range(20 * shard, 20 * shard + 20):
@@ -356,3 +357,21 @@ def test_samples_are_grouped_as_openclip_groups_them(tree):
     for names, line in zip(shards, done.stdout.splitlines(), strict=True):
         found = group_members((name, 0) for name in names)
         assert [[key, sorted(sample)] for key, sample in found] == json.loads(line)
+
+
+@pytest.mark.parametrize("shards", ["npz"], indirect=True)
+@pytest.mark.parametrize("sampling", ["with-replacement", "without-replacement"])
+def test_a_run_takes_exactly_the_iterations_that_it_was_given(
+    tree, config, shards, tmp_path, sampling
+):
+    """Whatever divides what; the learning rate's schedule ends with the last one."""
+    given = {"ITERATIONS": 10, "CHECKPOINTS": 4, "WORKERS": 3, "NUM_PROCESSES": 1, "ACCUM_FREQ": 2}
+    environ = settings(tree, config, shards, tmp_path, SAMPLING=sampling, **given)
+    done = train(tree, environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = log(tmp_path)
+    assert "The run takes 10 optimizer steps, in epochs of 3" in text
+    steps = [text.count(f"Train Epoch: {epoch} ") for epoch in range(5)]
+    assert steps == [3, 3, 3, 1, 0]
+    rates = [float(rate) for rate in re.findall(r" LR: ([\d.e-]+) ", text)]
+    assert len(rates) == 10 and rates[1] == max(rates) and rates[-1] < 0.1 * rates[1]

@@ -1,4 +1,5 @@
-"""Run under torchrun by test_trainer.py: the patched trainer, with one zero-shot prompt a class instead of 80."""
+"""Run under torchrun by test_trainer.py: the patched trainer, with one zero-shot prompt a class
+instead of 80."""
 
 import sys
 
