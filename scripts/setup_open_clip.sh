@@ -127,6 +127,17 @@ unlike_wanted() { # paths on stdin -> those whose files differ from the tree $wa
     done
 }
 
+adopt() { # commit a tree of an older version of this script, which kept a list of its files instead
+    local list=.git/dr-setup/manifest # lines "blob path"
+    cut -c 42- "$list" | git hash-object --no-filters --stdin-paths 2>/dev/null |
+        paste -d ' ' - <(cut -c 42- "$list") | cmp -s - "$list" ||
+        fail "$DEST was made by an older version of this script and has edits of yours; keep" \
+            "them, then use --force, and move logs/ from the old tree to the new one"
+    git add -f -- src configs
+    git update-ref --no-deref HEAD "$(commit "$(git write-tree --missing-ok)" -p "$base" -m "Patched")"
+    rm -r .git/dr-setup
+}
+
 update() { # bring the tree in the current folder up to date and set $changed, or refuse it
     local blob path found edited
     base=$WHEELS_TAG SOURCE=pypi
@@ -138,8 +149,7 @@ update() { # bring the tree in the current folder up to date and set $changed, o
         [ "$found" = "$blob" ] || fail "$path is not the pinned commit's: found $found," \
             "expected $blob; check OPEN_CLIP_REPO and OPEN_CLIP_COMMIT, or use another --source"
     done <<<"$PINNED_BLOBS"
-    [ ! -d .git/dr-setup ] || fail "$DEST was made by an older version of this script, which did" \
-        "not commit; use --force, then move logs/ from the old tree to the new one"
+    [ ! -d .git/dr-setup ] || adopt
     [ "$(git rev-parse HEAD)" = "$base" ] || [ "$(git log -1 --format='%P %ce')" = "$base $ME" ] ||
         fail "$DEST is at a commit that this script did not make, '$(git log -1 --format=%s)';" \
             "check out $base there, choose another --dest, $or_force"

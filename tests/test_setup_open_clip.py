@@ -219,9 +219,35 @@ def test_a_commit_of_the_users_is_refused_and_kept(from_git):
     assert files(from_git.tree) == before and git(from_git.tree, "rev-parse", "HEAD") == head
 
 
-def test_a_tree_of_the_script_before_it_committed_is_refused_with_what_to_do(from_git):
-    (from_git.tree / ".git/dr-setup").mkdir()
-    assert re.search("older version of this script.*--force.*logs", again(from_git, ok=False))
+def as_before_it_committed(project):
+    """The tree as older versions of the script left it: a list of its files, and no commit."""
+    tree = project.tree
+    base = git(tree, "rev-parse", "HEAD^").strip()
+    git(tree, "update-ref", "--no-deref", "HEAD", base)
+    git(tree, "reset", "-q")
+    listed = sorted(files(tree))
+    lines = [f"{git(tree, 'hash-object', path).strip()} {path}\n" for path in listed]
+    (tree / ".git" / "dr-setup").mkdir()
+    (tree / ".git" / "dr-setup" / "manifest").write_text("".join(sorted(lines)))
+
+
+def test_a_tree_of_the_script_before_it_committed_is_brought_up_to_date(from_git):
+    as_before_it_committed(from_git)
+    before = files(from_git.tree)
+    (from_git.root / "dr" / "newer.py").write_text("# new\n")
+    assert "brought" in again(from_git) and "src/training/dr/newer.py" in files(from_git.tree)
+    assert "left alone" in again(from_git)
+    assert not (from_git.tree / ".git" / "dr-setup").exists()
+    after = files(from_git.tree)
+    assert {path: after[path] for path in before} == before
+
+
+def test_edits_in_a_tree_of_the_script_before_it_committed_are_kept(from_git):
+    as_before_it_committed(from_git)
+    edited = from_git.tree / "src" / "training" / "train.py"
+    edited.write_text("# mine\n")
+    assert re.search("older version of this script.*edits.*--force", again(from_git, ok=False))
+    assert edited.read_text() == "# mine\n"
 
 
 def test_auto_falls_back_to_wheels_and_says_why(project):
