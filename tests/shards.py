@@ -19,7 +19,7 @@ def write_shard(path, samples):
 
     Args:
         path: the tar to write; its folder is made.
-        samples: iterable of ``(key, {extension: bytes})``, written in that order as
+        samples: iterable of ``(key, {extension: bytes})``, written in this order as
             ``<key>.<extension>``.
     """
     path = Path(path)
@@ -88,9 +88,9 @@ def uid(seed):
 def reinforced_sample(seed, augmentations=4, captions=3, width=12, bf16=False, as_string=False):
     """The members of one joined sample by extension.
 
-    Row a of ``image_emb`` is ``seed + a / 64`` throughout, row t of ``text_emb`` ``-seed - t /
-    64``; caption t of sample s is "caption t of s", so that a test can tell which rows came with
-    which caption.
+    Row a of ``image_emb`` is ``seed + a / 64`` throughout, row t of ``text_emb`` is
+    ``-seed - t / 64``, and caption t of sample s is "caption t of s", so that a test can see which
+    rows came with which caption.
     """
     torch.manual_seed(seed)
     img, compose = picture(seed), compose_from_config(AUGMENTATION)

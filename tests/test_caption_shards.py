@@ -1,5 +1,4 @@
-"""Caption shards hold each sample's caption from the metadata, in the reinforcements' order,
-whatever the memory."""
+"""Caption shards hold the metadata's captions in the reinforcements' order, for any memory."""
 
 import fcntl
 import json
@@ -40,7 +39,8 @@ def write_metadata(path, rows, types="VARCHAR, VARCHAR", columns=("uid", "text")
     kinds = types.split(", ")
     with duckdb.connect() as database:
         database.execute(
-            f"CREATE TABLE t (url VARCHAR, {columns[0]} {kinds[0]}, width INT, {columns[1]} {kinds[1]})"
+            f"CREATE TABLE t (url VARCHAR, {columns[0]} {kinds[0]}, width INT, "
+            f"{columns[1]} {kinds[1]})"
         )
         if rows:
             database.executemany(
@@ -293,10 +293,12 @@ def test_join_of_more_than_the_memory_spills_and_stays_within_it(folders):
     samples, shards, memory = 800_000, 10, 200 * 10**6
     folders.metadata.mkdir()
     (folders.output / ".captions").mkdir(parents=True)
-    caption = "array_to_string(list_transform(range(8), lambda k: md5((i * 8 + k)::VARCHAR)), '')"  # 256 bytes
+    # of 256 bytes
+    caption = "array_to_string(list_transform(range(8), lambda k: md5((i * 8 + k)::VARCHAR)), '')"
     with duckdb.connect() as database:
         for half in range(2):
-            rows = f"SELECT md5(i::VARCHAR) AS uid, {caption} AS text FROM range({half}, {samples}, 2) t(i)"
+            rows = f"SELECT md5(i::VARCHAR) AS uid, {caption} AS text "
+            rows += f"FROM range({half}, {samples}, 2) t(i)"
             path = folders.metadata / f"{half}.parquet"
             database.execute(f"COPY ({rows}) TO '{path}' (FORMAT parquet, ROW_GROUP_SIZE 20480)")
         for shard in range(shards):
@@ -307,11 +309,12 @@ def test_join_of_more_than_the_memory_spills_and_stays_within_it(folders):
         import caption_shards, json, pathlib, types
         output = pathlib.Path({str(folders.output)!r})
         args = types.SimpleNamespace(memory={memory}, threads=1, output=output, work=output)
-        part = [{{"shard": f"{{shard}}.tar", "samples": {samples // shards}}} for shard in
-        range({shards})] files, report = caption_shards.find_metadata({str(folders.metadata)!r}),
-        {{"spilled_bytes": 0}} caption_shards.join_part(output / "part", part, files, {samples},
-        args, report) print(json.dumps({{**report, "peak_bytes":
-        caption_shards.measure_peak_memory()}}))
+        names = [f"{{shard}}.tar" for shard in range({shards})]
+        part = [{{"shard": name, "samples": {samples // shards}}} for name in names]
+        files = caption_shards.find_metadata({str(folders.metadata)!r})
+        report = {{"spilled_bytes": 0}}
+        caption_shards.join_part(output / "part", part, files, {samples}, args, report)
+        print(json.dumps({{**report, "peak_bytes": caption_shards.measure_peak_memory()}}))
     """
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     command = [sys.executable, "-c", code]
@@ -326,7 +329,8 @@ def test_join_of_more_than_the_memory_spills_and_stays_within_it(folders):
         number = f"(place % {2**32}) * {shards} + (place >> 32)"
         right = f"text = {caption.replace('i * 8', f'({number}) * 8')} AND NOT cut"
         ascending = "coalesce(place > lag(place) OVER (ORDER BY file_row_number), true)"
-        query = f"SELECT count(*), bool_and({right}), bool_and(ascending) FROM (SELECT *, {ascending} AS ascending "
+        query = f"SELECT count(*), bool_and({right}), bool_and(ascending) "
+        query += f"FROM (SELECT *, {ascending} AS ascending"
         found = database.execute(f"{query} FROM read_parquet('{folders.output}/part'))").fetchone()
     assert found == (samples, True, True)
 
@@ -389,8 +393,9 @@ def many(folders):
     with duckdb.connect() as database:
         rows = [(uid_of(number), f"caption {number}") for number in range(4000)]
         values = [[uid for uid, _ in rows], [text for _, text in rows]]
-        query = f"COPY (SELECT unnest($1) AS uid, unnest($2) AS text) TO '{folders.metadata}/a.parquet' (FORMAT parquet)"
-        database.execute(query, values)
+        path = folders.metadata / "a.parquet"
+        query = "SELECT unnest($1) AS uid, unnest($2) AS text"
+        database.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet)", values)
 
 
 def test_killed_at_any_stage_and_run_again_gives_the_same_bytes(folders, tmp_path):
@@ -429,8 +434,8 @@ def test_joined_part_is_kept_for_the_next_run(folders):
 def test_interrupted_run_says_what_to_do(folders, sign):
     many(folders)
     with duckdb.connect() as database:  # so that the join takes a moment
-        more = f"COPY (SELECT md5(i::VARCHAR) AS uid, uid AS text FROM range(2_000_000) t(i)) TO '{folders.metadata}/"
-        database.execute(f"{more}b.parquet' (FORMAT parquet)")
+        more = "SELECT md5(i::VARCHAR) AS uid, uid AS text FROM range(2_000_000) t(i)"
+        database.execute(f"COPY ({more}) TO '{folders.metadata}/b.parquet' (FORMAT parquet)")
     with subprocess.Popen(folders.command(), stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: any(folders.output.glob(sign)), process)
         process.send_signal(signal.SIGINT)
@@ -583,7 +588,7 @@ def test_without_duckdb_one_line_says_what_to_install(folders, tmp_path, monkeyp
 
 
 def test_benchmark_prints_the_table_and_leaves_nothing(tmp_path):
-    script = ROOT / "scripts" / "benchmarks" / "captions.py"
+    script = ROOT / "scripts" / "benchmark_captions.py"
     options = [
         "--rows",
         3000,

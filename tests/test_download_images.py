@@ -1,8 +1,6 @@
-"""The image download brings every image that is there under its own uid, says of every other one
-why not, and resumes.
+"""Every image that exists is downloaded under its uid; the others have a reason; runs resume.
 
-The first test to start scripts/download_images.sh makes .venv-img2dataset, in a minute or two;
-later ones reuse it.
+The first test that starts scripts/download_images.sh makes .venv-img2dataset, in a minute or two.
 """
 
 import contextlib
@@ -44,8 +42,7 @@ class Folders:
         )
 
     def write(self, name, samples):
-        """Write a shard of ``(seed, address, bytes that were embedded)``, as DataComp-12M and
-        DataCompDR-12M are."""
+        """Write a shard of ``(seed, address, embedded bytes)`` to captions and reinforcements."""
         captions, reinforcements = [], []
         for seed, url, image in samples:
             sha256 = hashlib.sha256(image).hexdigest()
@@ -91,8 +88,7 @@ class Folders:
         return json.loads((self.images / "download_report.json").read_text())
 
     def outcomes(self):
-        """{shard: {uid: (outcome, error_message)}} of all parquets, read by an interpreter that has
-        pyarrow."""
+        """{shard: {uid: (outcome, error_message)}}, read by an interpreter that has pyarrow."""
         own = (
             Path(os.environ.get("IMG2DATASET_VENV", ROOT / ".venv-img2dataset")) / "bin" / "python"
         )
@@ -351,8 +347,7 @@ def test_nothing_is_fetched_again_and_nothing_left_over(web, server):
 
 
 def processes_of(folders):
-    """The processes that were started with these folders in their environment, by whatever
-    process."""
+    """The processes that were started with these folders in their environment."""
     found, mark = [], f"DATACOMP12M_IMAGES_PATH={folders.images}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -392,8 +387,7 @@ def kill_and_run_again(folders, server):
         finally:
             process.kill()
 
-    # killed when img2dataset has finished shard 0 and is at shard 1: maybe before the shard has got
-    # its name
+    # img2dataset has finished shard 0, which may not have its name yet, and is at shard 1
     status, _ = interrupt(
         signal.SIGKILL,
         lambda: server.hits["/gate/0"] and list(folders.images.rglob("00000000_stats.json")),
@@ -463,7 +457,8 @@ def test_a_shard_that_could_not_be_written_whole_is_not_taken_for_finished(folde
     )
     body = encode(noise)
     folders.write("00000000.tar", [(i, server.add("/noise", body), body) for i in range(8)])
-    command = f"ulimit -f 1024; exec {' '.join(folders.command())}"  # a file may have 1 MiB, as if the disk were full
+    # a file may have 1 MiB, as if the disk were full
+    command = f"ulimit -f 1024; exec {' '.join(folders.command())}"
     done = run(["bash", "-c", command], timeout=INSTALLING, env=folders.environment())
     assert done.returncode == 1 and "00000000.tar: failed: img2dataset" in done.stderr, done.stderr
     assert folders.tars() == []
@@ -574,7 +569,8 @@ def test_bad_options_get_one_line(folders, options, line):
 def test_missing_folder_and_help_need_no_img2dataset(folders, tmp_path):
     missing = folders.download()
     assert missing.returncode == 1 and missing.stderr.splitlines()[-1].startswith(
-        f"download_images: error: no folder {folders.captions} (DATACOMP12M_PATH): scripts/download_datacompdr12m.sh"
+        f"download_images: error: no folder {folders.captions} (DATACOMP12M_PATH): "
+        "scripts/download_datacompdr12m.sh"
     )
     told = run(["bash", SCRIPT, "--help"], env=environment(IMG2DATASET_VENV=str(tmp_path / "venv")))
     assert (

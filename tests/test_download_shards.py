@@ -1,5 +1,4 @@
-"""Downloads bring exactly the shards that were asked for, each byte once, and never a wrong or half
-one."""
+"""Exactly the wanted shards are downloaded, each byte once, and never a wrong or partial one."""
 
 import hashlib
 import os
@@ -93,7 +92,8 @@ class Place:
     def same(self, folder, repo):
         """Whether every file in the folder is the repository's, byte for byte."""
         return all(
-            data == (self.repos[repo] / name).read_bytes() for name, data in brought(folder).items()
+            data == (self.repos[repo] / name).read_bytes()
+            for name, data in list_downloaded(folder).items()
         )
 
 
@@ -102,7 +102,7 @@ def place(tmp_path):
     return Place(tmp_path)
 
 
-def brought(folder):
+def list_downloaded(folder):
     files = [path for path in folder.rglob("*") if path.is_file() and ".download" not in path.parts]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -117,7 +117,7 @@ def half_way(folder):
 
 
 def bytes_in(*folders):
-    return sum(len(data) for folder in folders for data in brought(folder).values())
+    return sum(len(data) for folder in folders for data in list_downloaded(folder).values())
 
 
 def until(condition, process):
@@ -144,10 +144,10 @@ def test_range_brings_exactly_these_shards_and_the_descriptions_byte_for_byte(pl
         run = place.run(hub, "--shards", "1-3")
     assert run.returncode == 0, run.stderr
     shards = [f"{number:08d}.tar" for number in (1, 2, 3)]
-    assert sorted(brought(place.captions)) == [*shards, "README.md"] and place.same(
+    assert sorted(list_downloaded(place.captions)) == [*shards, "README.md"] and place.same(
         place.captions, CAPTIONS
     )
-    assert sorted(brought(place.reinforcements)) == [*shards, "README.md", "manifest.jsonl"]
+    assert sorted(list_downloaded(place.reinforcements)) == [*shards, "README.md", "manifest.jsonl"]
     assert place.same(place.reinforcements, FP32) and not partials(place.folder)
 
 
@@ -155,7 +155,7 @@ def test_without_a_range_all_shards_are_brought(place):
     with hub_server(place.repos) as hub:
         assert place.run(hub).returncode == 0
     for folder, repo in ((place.captions, CAPTIONS), (place.reinforcements, FP32)):
-        assert len(brought(folder)) >= 7 and place.same(folder, repo)
+        assert len(list_downloaded(folder)) >= 7 and place.same(folder, repo)
 
 
 def test_files_bytes_and_licences_are_said_before_anything_comes(place):
@@ -186,10 +186,10 @@ def test_bf16_comes_in_the_place_of_fp32_and_never_among_it(place):
     with hub_server(place.repos) as hub:
         assert place.run(hub, "--bf16", "--shards", "0-1").returncode == 0
         assert place.same(place.reinforcements, BF16) and not hub.sent(f"{FP32}/00000000.tar")
-        before = brought(place.reinforcements)
+        before = list_downloaded(place.reinforcements)
         for shards in ("0-1", "2-3"):
             one_line(place.run(hub, "--shards", shards), str(place.reinforcements), BF16, FP32)
-        assert brought(place.reinforcements) == before
+        assert list_downloaded(place.reinforcements) == before
 
 
 def test_1b_brings_running_numbers_from_its_folders(place):
@@ -201,13 +201,13 @@ def test_1b_brings_running_numbers_from_its_folders(place):
     with hub_server(place.repos) as hub:
         run = place.run(hub, "--1b", "--shards", "998-1001")
         assert run.returncode == 0, run.stderr
-        assert sorted(brought(place.one_b)) == [*sorted(names[1:5]), "README.md"]
+        assert sorted(list_downloaded(place.one_b)) == [*sorted(names[1:5]), "README.md"]
         listed = {
             request.path.rpartition("/")[2] for request in hub.requests if "/tree/" in request.path
         }
         assert {"00", "01"} <= listed and "65" not in listed
         assert place.run(hub, "--1b").returncode == 0
-    assert sorted(brought(place.one_b)) == [*sorted(names), "README.md"] and place.same(
+    assert sorted(list_downloaded(place.one_b)) == [*sorted(names), "README.md"] and place.same(
         place.one_b, ONE_B
     )
     assert not place.captions.exists()
@@ -280,9 +280,9 @@ def test_two_runs_at_once_share_the_work(place):
             said, errors = process.communicate(timeout=100)
             assert process.returncode == 0, errors
             files += sum(map(int, re.findall(r"^downloaded (\d+) files", said, re.MULTILINE)))
-        assert files == len(brought(place.captions)) + len(brought(place.reinforcements)), (
-            "each counts its own"
-        )
+        assert files == len(list_downloaded(place.captions)) + len(
+            list_downloaded(place.reinforcements)
+        ), "each counts its own"
         assert Counter(request.path for request in hub.gets(".tar")).most_common(1)[0][1] == 1
         assert hub.sent(".tar") == 8 * SIZE
     assert place.same(place.captions, CAPTIONS) and place.same(place.reinforcements, FP32)
@@ -299,7 +299,9 @@ def test_partial_file_with_other_bytes_is_found_out_and_brought_anew(place):
     with hub_server(place.repos) as hub:
         run = place.run(hub, "--shards", "0")
     assert run.returncode == 0 and "SHA-256" in run.stderr
-    assert place.same(place.captions, CAPTIONS) and "00000000.tar" in brought(place.captions)
+    assert place.same(place.captions, CAPTIONS) and "00000000.tar" in list_downloaded(
+        place.captions
+    )
 
 
 def test_answer_that_does_not_end_is_ended_soon_after_the_files_size(place, monkeypatch):
@@ -343,7 +345,7 @@ def test_shard_of_another_size_is_never_overwritten(place):
             place.run(hub, "--shards", "0-1"), "00000001.tar has 4 bytes", str(SIZE), "remove it"
         )
         assert hub.sent() == 0
-    assert brought(place.captions) == {"00000001.tar": b"mine"}
+    assert list_downloaded(place.captions) == {"00000001.tar": b"mine"}
 
 
 def test_disk_that_is_too_small_is_refused_before_anything_comes(place):
@@ -354,7 +356,8 @@ def test_disk_that_is_too_small_is_refused_before_anything_comes(place):
         pytest.skip("no mounting here")
     with hub_server(place.repos) as hub:
         for shards, status in (("0-3", 1), ("0-1", 0)):
-            command = f"{mount} && bash {FACE} --shards {shards}; echo status $?; find {place.captions} -name '*.tar'"
+            command = f"{mount} && bash {FACE} --shards {shards}; echo status $?; "
+            command += f"find {place.captions} -name '*.tar'"
             run = subprocess.run(
                 ["unshare", "-rm", "sh", "-c", command],
                 env=place.environment(hub.url),
@@ -375,8 +378,7 @@ def test_disk_that_is_too_small_is_refused_before_anything_comes(place):
 
 
 def test_disk_that_fills_up_fails_with_one_line_and_nothing_half(place):
-    """A limit of file size stands in for the full disk: the space was there when it was looked
-    at."""
+    """A limit of file size stands in for a disk that was not full when it was checked."""
     command = f"ulimit -f 600; exec bash {FACE} --shards 0"
     with hub_server(place.repos) as hub:
         run = subprocess.run(

@@ -1,5 +1,4 @@
-"""Joining gives every complete sample once and whole, the same bytes every time, and never a wrong
-shard."""
+"""The join writes each complete sample once, the same bytes every time, and no wrong shard."""
 
 import errno
 import hashlib
@@ -24,7 +23,7 @@ import pytest
 import torch
 import webdataset
 from lib import tar_writer
-from shards import read_shard, stored_embeddings, write_shard
+from shards import read_shard, read_tars, stored_embeddings, write_shard
 
 from dr.sample import REINFORCED_MEMBERS, embeddings
 from dr.tar import parse_plain_header
@@ -116,8 +115,7 @@ class Folders:
         return json.loads(((output or self.output) / "join_report.json").read_text())
 
     def joined(self, name="00000000.tar"):
-        """{uid: {extension: bytes}} of a joined shard, in order; its samples' members must be
-        contiguous."""
+        """{uid: {extension: bytes}} of a joined shard, in order; its samples must be contiguous."""
         samples, last = {}, None
         for member, data in read_shard(self.output / name):
             uid, _, extension = member.partition(".")
@@ -130,13 +128,6 @@ class Folders:
 @pytest.fixture
 def folders(tmp_path):
     return Folders(tmp_path)
-
-
-def bytes_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*.tar"))
-    }
 
 
 def partials(folder):
@@ -281,19 +272,19 @@ def test_patterns_and_folders_of_shards(folders):
     for name in ("00/0.tar", "00/1.tar", "01/0.tar"):
         folders.write(name)
     folders.join()
-    assert list(bytes_of(folders.output)) == ["00/0.tar", "00/1.tar", "01/0.tar"]
+    assert list(read_tars(folders.output)) == ["00/0.tar", "00/1.tar", "01/0.tar"]
     assert json.loads((folders.output / "00" / "sizes.json").read_text()) == {
         "0.tar": 3,
         "1.tar": 3,
     }
-    whole = bytes_of(folders.output)
+    whole = read_tars(folders.output)
     shutil.rmtree(folders.output)
     folders.join("--shards", "00/{0..1}.tar")
-    assert list(bytes_of(folders.output)) == ["00/0.tar", "00/1.tar"]
+    assert list(read_tars(folders.output)) == ["00/0.tar", "00/1.tar"]
     shutil.rmtree(folders.output)
     pattern = str(folders.reinforcements) + "/{00..01}/0.tar"
     folders.join(sources=(folders.captions, folders.images, pattern))
-    assert bytes_of(folders.output) == {name: whole[name] for name in ("00/0.tar", "01/0.tar")}
+    assert read_tars(folders.output) == {name: whole[name] for name in ("00/0.tar", "01/0.tar")}
 
 
 # images of shards that are not aligned with the others
@@ -328,8 +319,8 @@ def test_images_of_unaligned_shards_join_as_if_they_were_aligned(folders, tmp_pa
     sources = ["--source", folders.captions, "--unaligned-source", tmp_path / "elsewhere"]
     sources += ["--source", folders.reinforcements, "--output", folders.output]
     join_shards.main([*map(str, sources), "--workers", "2"])
-    assert len(bytes_of(folders.output)) == 2
-    assert bytes_of(folders.output) == bytes_of(tmp_path / "aligned")
+    assert len(read_tars(folders.output)) == 2
+    assert read_tars(folders.output) == read_tars(tmp_path / "aligned")
 
 
 def test_unaligned_images_need_no_more_open_files_and_no_different_hashes(
@@ -343,7 +334,7 @@ def test_unaligned_images_need_no_more_open_files_and_no_different_hashes(
     monkeypatch.setattr("lib.index.hash_uid", lambda uid: 1)
     join_unaligned(folders, output=tmp_path / "again")
     assert list(folders.joined()) == [A, B, C]
-    assert bytes_of(tmp_path / "again") == bytes_of(folders.output)
+    assert read_tars(tmp_path / "again") == read_tars(folders.output)
 
 
 def test_uid_in_two_unaligned_shards_is_left_out_and_failed_downloads_count_as_missing(folders):
@@ -406,7 +397,7 @@ def test_index_can_be_built_beforehand(folders):
     join_shards.main(
         folders.arguments(*elsewhere, sources=(folders.captions, folders.reinforcements))
     )
-    assert index_of(folders.output).exists() and not bytes_of(folders.output)
+    assert index_of(folders.output).exists() and not read_tars(folders.output)
 
 
 # several tasks
@@ -424,7 +415,7 @@ def test_tasks_share_out_the_shards_and_one_folder(folders, tmp_path, monkeypatc
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     join_shards.main(folders.arguments())
     join_shards.main(["--output", str(folders.output), "--report"])
-    assert bytes_of(folders.output) == bytes_of(tmp_path / "whole")
+    assert read_tars(folders.output) == read_tars(tmp_path / "whole")
     merged = folders.report()
     assert {name: merged[name] for name in ("shards", "samples", "bytes", "failed")} == {
         name: whole[name] for name in ("shards", "samples", "bytes", "failed")
@@ -437,10 +428,8 @@ def test_tasks_share_out_the_shards_and_one_folder(folders, tmp_path, monkeypatc
 def test_every_shard_belongs_to_one_task():
     for shards in range(9):
         for count in range(1, 12):
-            parts = [
-                join_shards.select_share(list(range(shards)), index, count)
-                for index in range(count)
-            ]
+            names = list(range(shards))
+            parts = [join_shards.select_share(names, index, count) for index in range(count)]
             assert [shard for part in parts for shard in part] == list(range(shards))
 
 
@@ -501,7 +490,7 @@ def test_bf16_embeddings_are_those_of_the_npz_rounded_to_nearest_even(folders, t
     assert {tensor.dtype for tensor in read.values()} == {torch.bfloat16}
     assert all(read[name].equal(stored[name].bfloat16()) for name in stored)
     assert read["image_emb"][0, :3].tolist() == [1, 1 + 2**-6, 1 + 2**-7]
-    assert bytes_of(folders.output) == bytes_of(tmp_path / "again")
+    assert read_tars(folders.output) == read_tars(tmp_path / "again")
     folders.join("--embeddings", "bf16", "--recheck")
     assert folders.join()["shards"] == {"joined": 1} and "npz" in folders.joined()[A]
 
@@ -530,7 +519,8 @@ def test_npz_that_can_not_be_narrowed_costs_its_sample(folders):
 
 def test_torch_is_not_imported_without_bf16(folders):
     folders.write()
-    code = "import sys, join_shards\njoin_shards.main(sys.argv[1:])\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    code = "import sys, join_shards\njoin_shards.main(sys.argv[1:])\n"
+    code += "assert not {'torch', 'numpy'} & set(sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     subprocess.run(
         [sys.executable, "-c", code, *folders.arguments()],
@@ -551,8 +541,10 @@ def test_same_bytes_whatever_the_workers_and_the_buffer(folders, tmp_path, monke
 
     monkeypatch.setattr(tar_writer, "BUFFER", 1000)
     folders.join(output=tmp_path / "narrow")
-    assert len(bytes_of(folders.output)) == 4
-    assert bytes_of(folders.output) == bytes_of(tmp_path / "three") == bytes_of(tmp_path / "narrow")
+    assert len(read_tars(folders.output)) == 4
+    assert (
+        read_tars(folders.output) == read_tars(tmp_path / "three") == read_tars(tmp_path / "narrow")
+    )
 
 
 def test_header_is_plain_ustar(folders):
@@ -637,7 +629,7 @@ def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tm
     for number in range(6):
         folders.write(f"{number:08d}.tar", uids=uids)
     folders.join(output=tmp_path / "undisturbed")
-    whole = bytes_of(tmp_path / "undisturbed")
+    whole = read_tars(tmp_path / "undisturbed")
 
     # dies by itself while it writes its third shard
     slow = (
@@ -656,7 +648,7 @@ def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tm
         [sys.executable, "-c", slow, *folders.arguments()], env=environment, capture_output=True
     )
     assert killed.returncode == -signal.SIGKILL
-    assert bytes_of(folders.output) == {name: whole[name] for name in list(whole)[:2]}
+    assert read_tars(folders.output) == {name: whole[name] for name in list(whole)[:2]}
     assert len(partials(folders.output)) == 1 and not (folders.output / "sizes.json").exists()
 
     # is killed from outside, with two workers
@@ -664,7 +656,7 @@ def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tm
     process = subprocess.Popen(
         command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    while len(bytes_of(folders.output)) < 3 and process.poll() is None:
+    while len(read_tars(folders.output)) < 3 and process.poll() is None:
         time.sleep(0.001)
     process.kill()
     process.wait()
@@ -678,11 +670,11 @@ def test_killed_run_leaves_no_half_shard_and_is_finished_by_the_next(folders, tm
     else:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail("workers outlive the run")
-    assert all(whole[name] == data for name, data in bytes_of(folders.output).items())
+    assert all(whole[name] == data for name, data in read_tars(folders.output).items())
 
     report = folders.join()
     assert report["shards"]["already there"] >= 3
-    assert bytes_of(folders.output) == whole and partials(folders.output) == []
+    assert read_tars(folders.output) == whole and partials(folders.output) == []
     assert (folders.output / "sizes.json").read_text() == (
         tmp_path / "undisturbed" / "sizes.json"
     ).read_text()
@@ -692,12 +684,12 @@ def test_recheck_finds_a_flipped_byte_and_joins_that_shard_again(folders, capsys
     for number in range(2):
         folders.write(f"{number:08d}.tar")
     folders.join()
-    whole, shard = bytes_of(folders.output), folders.output / "00000001.tar"
+    whole, shard = read_tars(folders.output), folders.output / "00000001.tar"
     overwrite(shard, len(whole["00000001.tar"]) // 2, b"\x01")
     assert folders.join()["shards"] == {"already there": 2}  # the size alone doesn't tell
     assert folders.join("--recheck")["shards"] == {"already there": 1, "joined": 1}
     assert "00000001.tar: joined again, it was damaged: differs" in capsys.readouterr().err
-    assert bytes_of(folders.output) == whole
+    assert read_tars(folders.output) == whole
 
 
 def test_recheck_without_sources_tells_a_whole_tar_from_a_broken_one(folders):
@@ -812,7 +804,7 @@ def test_bad_shard_fails_with_one_line_and_the_others_go_on(folders, which, case
     damage(getattr(folders, which) / "00000001.tar")
     report = folders.join_failing("--shards", "{00000000..00000002}.tar")
     assert (
-        list(bytes_of(folders.output)) == ["00000000.tar", "00000002.tar"]
+        list(read_tars(folders.output)) == ["00000000.tar", "00000002.tar"]
         and partials(folders.output) == []
     )
     assert list(report["failed"]) == ["00000001.tar"] and line in report["failed"]["00000001.tar"]
@@ -941,7 +933,7 @@ def test_full_disk_fails_the_shard_and_leaves_nothing(folders, monkeypatch):
     monkeypatch.setattr(tar_writer.TarWriter, "copy", full)
     report = folders.join_failing()
     assert "No space left" in report["failed"]["00000000.tar"]
-    assert list(bytes_of(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
+    assert list(read_tars(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
 
 
 def test_file_size_limit_fails_the_large_shard_and_leaves_nothing(folders):
@@ -959,7 +951,7 @@ def test_file_size_limit_fails_the_large_shard_and_leaves_nothing(folders):
         and "00000000.tar: failed: " in run.stderr
     )
     assert "Traceback" not in run.stderr
-    assert list(bytes_of(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
+    assert list(read_tars(folders.output)) == ["00000001.tar"] and partials(folders.output) == []
 
 
 def test_full_file_system_fails_what_does_not_fit_and_leaves_nothing_half(folders):
@@ -988,7 +980,7 @@ def test_shard_with_nothing_left_fails(folders):
     folders.write("00000001.tar", images=[image(0, A, status="failed_to_download")])
     report = folders.join_failing()
     assert "no sample would be left: 3 with no image" in report["failed"]["00000001.tar"]
-    assert list(bytes_of(folders.output)) == ["00000000.tar"]
+    assert list(read_tars(folders.output)) == ["00000000.tar"]
 
 
 @pytest.mark.parametrize(
@@ -1039,10 +1031,10 @@ def test_wrong_options_are_refused(folders, more, message, monkeypatch):
 
 def test_output_over_a_source_is_refused(folders):
     folders.write()
-    before = bytes_of(folders.images)
+    before = read_tars(folders.images)
     with pytest.raises(SystemExit, match="is the folder of a source"):
         folders.join(output=folders.images)
-    assert bytes_of(folders.images) == before
+    assert read_tars(folders.images) == before
 
 
 def test_interrupted_run_ends_its_workers_and_says_what_to_do(folders):
@@ -1051,7 +1043,7 @@ def test_interrupted_run_ends_its_workers_and_says_what_to_do(folders):
         folders.write(f"{number:08d}.tar", uids=uids)
     command = [sys.executable, str(SCRIPT), *folders.arguments("--workers", 2)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not bytes_of(folders.output) and process.poll() is None:
+    while not read_tars(folders.output) and process.poll() is None:
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     _, errors = process.communicate(timeout=30)
@@ -1086,7 +1078,7 @@ def test_shell_face_joins_what_its_variables_name(folders):
     run = run_face(folders, "--verify-hash", SHARDS="{00000001..00000002}.tar", WORKERS="2")
     assert run.returncode == 0, run.stderr
     assert "samples joined" in run.stdout
-    assert list(bytes_of(folders.output)) == ["00000001.tar", "00000002.tar"]
+    assert list(read_tars(folders.output)) == ["00000001.tar", "00000002.tar"]
     assert list(folders.joined("00000001.tar")) == [A, B]
 
 
@@ -1116,7 +1108,7 @@ def test_shell_face_of_1b_mirrors_the_folders(folders):
         folders.write(name)
     run = run_face(folders, face=("scripts/join_datacompdr1b.sh",), size="1B")
     assert run.returncode == 0, run.stderr
-    assert list(bytes_of(folders.output)) == [
+    assert list(read_tars(folders.output)) == [
         "00/00000000.tar",
         "00/00000001.tar",
         "65/00000000.tar",
@@ -1157,7 +1149,7 @@ def test_slurm_array_joins_all_and_its_report_says_so(folders):
 def test_benchmark_prints_its_table_and_leaves_nothing(tmp_path):
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "benchmarks" / "join.py"),
+        str(ROOT / "scripts" / "benchmark_join.py"),
         "--folder",
         str(tmp_path),
     ]

@@ -1,5 +1,4 @@
-"""What reinforce.py stores is what the teachers make of the images under the stored parameters, and
-of the captions."""
+"""reinforce.py stores the teachers' embeddings of the captions and of the augmented images."""
 
 import hashlib
 import json
@@ -21,8 +20,7 @@ SAMPLES, SHARDS = 5, 3
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Image-caption shards, synthetic captions, two teachers with random weights, and a config that
-    names them."""
+    """Image-caption shards, synthetic captions, two teachers of random weights, their config."""
     folder = tmp_path_factory.mktemp("reinforce")
     lines = []
     for shard in range(SHARDS):

