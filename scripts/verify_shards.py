@@ -31,7 +31,6 @@ import heapq
 import json
 import multiprocessing
 import os
-import random
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,6 +58,7 @@ from dr.sample import (
     embeddings,
     synthetic_captions,
 )
+from dr.sampling import RandomChoice
 from dr.tar import SIZES, read_sizes, sample_spans
 from dr.transforms import Compose, compose_from_config
 
@@ -157,7 +157,7 @@ def check_sample(
     Raises:
         BadSample: training could not use it, or something that it could sample from it.
     """
-    draw(sample, compose, random.Random(0), width=sum(dimensions))  # training's own checks
+    draw(sample, compose, RandomChoice(), width=sum(dimensions))  # training's own checks
     parameters, stored = augmentation_parameters(sample), embeddings(sample)
     try:
         params = [compose.decompress(entry) for entry in parameters]

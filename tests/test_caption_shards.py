@@ -588,7 +588,7 @@ def test_without_duckdb_one_line_says_what_to_install(folders, tmp_path, monkeyp
 
 
 def test_benchmark_prints_the_table_and_leaves_nothing(tmp_path):
-    script = ROOT / "scripts" / "benchmark_captions.py"
+    script = ROOT / "scripts" / "benchmarks" / "captions.py"
     options = [
         "--rows",
         3000,

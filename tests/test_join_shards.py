@@ -1149,7 +1149,7 @@ def test_slurm_array_joins_all_and_its_report_says_so(folders):
 def test_benchmark_prints_its_table_and_leaves_nothing(tmp_path):
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "benchmark_join.py"),
+        str(ROOT / "scripts" / "benchmarks" / "join.py"),
         "--folder",
         str(tmp_path),
     ]

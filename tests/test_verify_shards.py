@@ -408,7 +408,7 @@ def quickstart(tmp_path_factory):
 
     data, plain, reinforced = folder / "datasets", folder / "plain", folder / "reinforced"
     script(
-        "quickstart_data.py",
+        "quickstart/data.py",
         "--output",
         data,
         "--limit",
