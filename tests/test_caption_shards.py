@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import caption_shards
+import duckdb
 import pytest
 from shards import encode, picture, read_shard, read_tars, write_shard
-
-duckdb = pytest.importorskip("duckdb")
-import caption_shards  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "caption_shards.py"
@@ -289,6 +288,7 @@ def test_patterns_and_names_choose_files_and_shards(folders):
 # a large set
 
 
+@pytest.mark.slow
 def test_join_of_more_than_the_memory_spills_and_stays_within_it(folders):
     samples, shards, memory = 800_000, 10, 200 * 10**6
     folders.metadata.mkdir()

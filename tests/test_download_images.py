@@ -26,6 +26,8 @@ from lib.http import bounded_opener
 from PIL import Image
 from shards import encode, picture, read_samples, uid, write_shard
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "download_images.sh"
 INSTALLING = 1200  # seconds that a run may take, the first one's installation included

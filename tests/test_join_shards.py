@@ -723,6 +723,7 @@ def peak_memory(folders):
     return int(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_memory_grows_by_less_than_a_kilobyte_a_sample(folders):
     folders.write()
     few, many = peak_memory(folders), 20_000
@@ -1146,6 +1147,7 @@ def test_slurm_array_joins_all_and_its_report_says_so(folders):
 # the benchmark
 
 
+@pytest.mark.slow
 def test_benchmark_prints_its_table_and_leaves_nothing(tmp_path):
     command = [
         sys.executable,

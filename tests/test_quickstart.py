@@ -4,7 +4,10 @@ import json
 import os
 import sys
 
+import pytest
 from conftest import ROOT, run
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_fast_quickstart_walks_the_whole_path_and_may_be_run_again(tree, tmp_path):

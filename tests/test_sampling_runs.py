@@ -44,6 +44,8 @@ from shards import (
 
 from dr.transforms import compose_from_config
 
+pytestmark = pytest.mark.slow
+
 SOME = [
     layout for layout in LAYOUTS if layout.ranks > 1 and layout.sizes[0] not in (24, 60, 7)
 ]  # nothing divides

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 # Of the pinned commit; written here again, to find a slip in the script's own table.
 PINNED_BLOBS = {

