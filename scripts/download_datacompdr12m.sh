@@ -1,28 +1,32 @@
 #!/usr/bin/env bash
-# Brings DataComp-12M (captions, image addresses) and DataCompDR-12M (reinforcements) from the Hugging Face Hub.
+# Download DataComp-12M (captions, image addresses) and DataCompDR-12M (reinforcements) from the
+# Hugging Face Hub.
 #
 #     bash scripts/download_datacompdr12m.sh --shards 0-3     # a trial: four shards of each
 #     bash scripts/download_datacompdr12m.sh                  # all 1,024 of each
 #
-#     --bf16    apple/DataCompDR-12M-bf16 in the place of apple/DataCompDR-12M, into the same folder
-#     --1b      only apple/DataCompDR-1B, 65,536 shards; its captions come by scripts/caption_shards.py
+#     --bf16    apple/DataCompDR-12M-bf16 instead of apple/DataCompDR-12M, into the same folder
+#     --1b      only apple/DataCompDR-1B, 65,536 shards; see scripts/caption_shards.py for captions
 #
-# Needs no account; a token, where one is wanted, in HF_TOKEN or by `hf auth login`. HF_ENDPOINT and HF_HOME hold as
-# everywhere. Says first under which licences the data sets are, and how many files and bytes will come (--dry-run: only
-# that), and doesn't begin where the disk can't hold them.
-# Leaves the shards and the data sets' cards in DATACOMP12M_PATH and DATACOMPDR12M_NOIMG_PATH, or DATACOMPDR1B_NOIMG_PATH.
-# Run it again after an interruption: it brings what is missing, and no byte twice.
+# Needs no account. If a data set wants a token, set HF_TOKEN or run `hf auth login`. HF_ENDPOINT
+# and HF_HOME apply as in huggingface_hub. The script first prints the licences of the data sets,
+# and the number of files and bytes (with --dry-run only that). It does not start if the disk is too
+# small. Writes the shards and the data sets' cards to DATACOMP12M_PATH and
+# DATACOMPDR12M_NOIMG_PATH, or to DATACOMPDR1B_NOIMG_PATH. Run it again after an interruption: it
+# downloads only what is missing.
 #
-# Defaults are relative to the repository's root; paths that you set, to the folder you are in.
+# Default folders are relative to the repository's root; folders that you set, to the current
+# folder.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 DATACOMP12M_PATH=${DATACOMP12M_PATH:-$ROOT/datasets/DataComp-12M}
 DATACOMPDR12M_NOIMG_PATH=${DATACOMPDR12M_NOIMG_PATH:-$ROOT/datasets/DataCompDR-12M-noimage}
 DATACOMPDR1B_NOIMG_PATH=${DATACOMPDR1B_NOIMG_PATH:-$ROOT/datasets/DataCompDR-1B-noimage}
-WORKERS=${WORKERS:-8}       # files that are brought at once
+WORKERS=${WORKERS:-8} # files that are downloaded at the same time
 PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
-[ -n "$PYTHON" ] || [ ! -x "$ROOT/.venv/bin/python" ] || PYTHON=$ROOT/.venv/bin/python     # made by quickstart.sh or test.sh
+# .venv is made by quickstart.sh and test.sh.
+[ -n "$PYTHON" ] || [ ! -x "$ROOT/.venv/bin/python" ] || PYTHON=$ROOT/.venv/bin/python
 PYTHON=${PYTHON:-python3}
 
 BF16='' ONE_B='' OPTIONS=()
@@ -30,7 +34,7 @@ for option in "$@"; do
     case $option in
         -h | --help)
             sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "$0"
-            printf '\nFurther options, beside --repo, --per-folder and --workers, which are set above:\n\n'
+            printf '\nFurther options (--repo, --per-folder and --workers are set above):\n\n'
             exec "$PYTHON" "$ROOT/scripts/download_shards.py" --help ;;
         --bf16) BF16=-bf16 ;;
         --1b) ONE_B=1 ;;
@@ -39,10 +43,15 @@ for option in "$@"; do
 done
 
 if [ -n "$ONE_B" ]; then
-    [ -z "$BF16" ] || { echo "error: --bf16 is of DataCompDR-12M; there is no bf16 DataCompDR-1B: leave out one" >&2; exit 1; }
+    [ -z "$BF16" ] || {
+        echo "error: --bf16 is for DataCompDR-12M; there is no bf16 DataCompDR-1B: remove --bf16" \
+            "or --1b" >&2
+        exit 1
+    }
     REPOS=(--repo apple/DataCompDR-1B "$DATACOMPDR1B_NOIMG_PATH" --per-folder 1000)
 else
     REPOS=(--repo mlfoundations/DataComp-12M "$DATACOMP12M_PATH"
         --repo "apple/DataCompDR-12M$BF16" "$DATACOMPDR12M_NOIMG_PATH")
 fi
-exec "$PYTHON" "$ROOT/scripts/download_shards.py" "${REPOS[@]}" --workers "$WORKERS" ${OPTIONS[@]+"${OPTIONS[@]}"}
+exec "$PYTHON" "$ROOT/scripts/download_shards.py" "${REPOS[@]}" --workers "$WORKERS" \
+    ${OPTIONS[@]+"${OPTIONS[@]}"}

@@ -1,36 +1,44 @@
 #!/usr/bin/env bash
-# Downloads the images of DataComp-12M, or with --1b those of DataCompDR-1B, into image shards that the join takes.
+# Download the images of DataComp-12M, or with --1b those of DataCompDR-1B, into image shards for
+# the join.
 #
 #     bash scripts/download_images.sh [--1b] [--shards A-B] [further options]
 #
-#     --shards A-B             only these, counted from 0; of DataCompDR-1B, 1003 is 01/00000003.tar. Default: all
+#     --shards A-B             only these, counted from 0; for DataCompDR-1B, 1003 is
+#                              01/00000003.tar. Default: all
 #     --processes N            default: one for each core, up to 16
 #     --threads N              downloads at a time in each process, default 128
 #     --timeout SECONDS        to wait for a server, default 10
 #     --retries N              further tries for an address that failed, default 1
-#     --distributor NAME       img2dataset's: multiprocessing (default), pyspark or ray (install it in its environment)
+#     --distributor NAME       img2dataset's: multiprocessing (default), pyspark or ray (install it
+#                              in img2dataset's environment)
 #     --no-verify-hash         keep images that have changed since they were embedded
 #
-# Needs the shards that hold the addresses: of DataComp-12M the captions (DATACOMP12M_PATH), and for the sha256 of what
-# was embedded the reinforcements (DATACOMPDR12M_NOIMG_PATH); of DataCompDR-1B the reinforcements
-# (DATACOMPDR1B_NOIMG_PATH), which hold both. img2dataset comes from PyPI: its requirements can't live beside training's,
-# so it gets an environment of its own, .venv-img2dataset (0.8 GB), unless IMG2DATASET_PYTHON or the active one has it.
-# Leaves shards of the same names in DATACOMP12M_IMAGES_PATH or DATACOMP1B_IMAGES_PATH, with a table of what came, and
-# beside each tar a .parquet that says of every sample whether it was downloaded, dead, changed, refused or undecodable
-# (scripts/download_images.py tells more). Run it again at any time: what is finished is not fetched again.
+# Needs the shards that hold the addresses. For DataComp-12M these are the captions
+# (DATACOMP12M_PATH), and for the sha256 of the embedded images the reinforcements
+# (DATACOMPDR12M_NOIMG_PATH). For DataCompDR-1B the reinforcements (DATACOMPDR1B_NOIMG_PATH) hold
+# both. img2dataset comes from PyPI. Its requirements conflict with training's, so it is installed
+# in an environment of its own, .venv-img2dataset (0.8 GB), unless IMG2DATASET_PYTHON or the active
+# environment has it.
+# Writes shards of the same names to DATACOMP12M_IMAGES_PATH or DATACOMP1B_IMAGES_PATH, and prints a
+# table of the results. A .parquet next to each tar lists each sample as downloaded, dead, changed,
+# refused or undecodable (see scripts/download_images.py). Run it again at any time: finished shards
+# are not downloaded again.
 #
-# Defaults are relative to the repository's root; paths that you set, to the folder you are in.
+# Default folders are relative to the repository's root; folders that you set, to the current
+# folder.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 DATACOMP12M_PATH=${DATACOMP12M_PATH:-$ROOT/datasets/DataComp-12M}
 DATACOMPDR12M_NOIMG_PATH=${DATACOMPDR12M_NOIMG_PATH:-$ROOT/datasets/DataCompDR-12M-noimage}
-DATACOMP12M_IMAGES_PATH=${DATACOMP12M_IMAGES_PATH:-$ROOT/datasets/DataComp-12M-images}    # made here
+DATACOMP12M_IMAGES_PATH=${DATACOMP12M_IMAGES_PATH:-$ROOT/datasets/DataComp-12M-images} # output
 DATACOMPDR1B_NOIMG_PATH=${DATACOMPDR1B_NOIMG_PATH:-$ROOT/datasets/DataCompDR-1B-noimage}
-DATACOMP1B_IMAGES_PATH=${DATACOMP1B_IMAGES_PATH:-$ROOT/datasets/DataComp-1B-images}       # made here
-IMG2DATASET_PYTHON=${IMG2DATASET_PYTHON:-}    # an interpreter that can import img2dataset; empty: found or made here
+DATACOMP1B_IMAGES_PATH=${DATACOMP1B_IMAGES_PATH:-$ROOT/datasets/DataComp-1B-images} # output
+IMG2DATASET_PYTHON=${IMG2DATASET_PYTHON:-} # a Python with img2dataset; empty: found or installed
 IMG2DATASET_VENV=${IMG2DATASET_VENV:-$ROOT/.venv-img2dataset}
-REQUIREMENTS=("img2dataset==1.47.0" "standard-imghdr; python_version >= '3.13'")  # img2dataset imports what 3.13 lost
+# img2dataset imports a module that Python 3.13 has removed.
+REQUIREMENTS=("img2dataset==1.47.0" "standard-imghdr; python_version >= '3.13'")
 
 fail() { echo "download_images: error: $*" >&2; exit 1; }
 
@@ -44,7 +52,7 @@ for argument in "$@"; do
     esac
 done
 
-# --- where the addresses, the sha256 and the images are -------------------------------------------------------------
+# --- folders of the addresses, the sha256 and the images ------------------------------------------
 if [ -n "$one_b" ]; then
     input=DATACOMPDR1B_NOIMG_PATH output=DATACOMP1B_IMAGES_PATH from="scripts/download_datacompdr12m.sh --1b"
 else
@@ -52,22 +60,25 @@ else
     if [ -d "$DATACOMPDR12M_NOIMG_PATH" ]; then
         options=(--reinforcements "$DATACOMPDR12M_NOIMG_PATH" ${options[@]+"${options[@]}"})
     else
-        echo "no folder $DATACOMPDR12M_NOIMG_PATH (DATACOMPDR12M_NOIMG_PATH): without its sha256, changed images are kept;" \
-            "the join's --verify-hash leaves them out" >&2
+        echo "no folder $DATACOMPDR12M_NOIMG_PATH (DATACOMPDR12M_NOIMG_PATH): without its sha256," \
+            "changed images are kept; join with --verify-hash to skip them" >&2
     fi
 fi
-[ -d "${!input}" ] || fail "no folder ${!input} ($input): $from brings it, or set $input"
+[ -d "${!input}" ] || fail "no folder ${!input} ($input): $from downloads it, or set $input"
 
-# --- img2dataset ----------------------------------------------------------------------------------------------------
-has_img2dataset() { "$1" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("img2dataset"))' 2>/dev/null; }
+# --- img2dataset ----------------------------------------------------------------------------------
+has_img2dataset() { # has_img2dataset PYTHON
+    "$1" -c 'from importlib.util import find_spec; assert find_spec("img2dataset")' 2>/dev/null
+}
 
 if [ -n "$IMG2DATASET_PYTHON" ]; then
-    has_img2dataset "$IMG2DATASET_PYTHON" || fail "$IMG2DATASET_PYTHON (IMG2DATASET_PYTHON) can't import img2dataset"
+    has_img2dataset "$IMG2DATASET_PYTHON" ||
+        fail "$IMG2DATASET_PYTHON (IMG2DATASET_PYTHON) cannot import img2dataset: install it there"
 elif [ -n "${VIRTUAL_ENV:-}" ] && has_img2dataset "$VIRTUAL_ENV/bin/python"; then
     IMG2DATASET_PYTHON=$VIRTUAL_ENV/bin/python
 else
     IMG2DATASET_PYTHON=$IMG2DATASET_VENV/bin/python
-    stamp=$IMG2DATASET_VENV/.recipe # written when all of it is installed
+    stamp=$IMG2DATASET_VENV/.recipe # written when the installation is complete
     if [ "$(cat "$stamp" 2>/dev/null)" != "${REQUIREMENTS[*]}" ]; then
         echo "installing ${REQUIREMENTS[0]} into $IMG2DATASET_VENV" >&2
         [ -x "$IMG2DATASET_PYTHON" ] || "${PYTHON:-python3}" -m venv "$IMG2DATASET_VENV"

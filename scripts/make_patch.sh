@@ -9,7 +9,7 @@
 # Compares the tree's tracked files with the pinned commit or, in a tree made from the wheels, with
 # the wheels' files. The patch is the same for both kinds of tree and for any git settings. It does
 # not cover configs/ and dr/: edit those here, not in the tree. Works on trees made by
-# scripts/setup_open_clip.sh and on trees made with the commands in the README.
+# scripts/setup_open_clip.sh and on trees made with the commands in docs/training.md.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -134,7 +134,8 @@ adopt() { # commit a tree of an older version of this script, which kept a list 
         fail "$DEST was made by an older version of this script and has edits of yours; keep" \
             "them, then use --force, and move logs/ from the old tree to the new one"
     git add -f -- src configs
-    git update-ref --no-deref HEAD "$(commit "$(git write-tree --missing-ok)" -p "$base" -m "Patched")"
+    git update-ref --no-deref HEAD \
+        "$(commit "$(git write-tree --missing-ok)" -p "$base" -m "Patched")"
     rm -r .git/dr-setup
 }
 
