@@ -486,7 +486,7 @@ def test_wrong_arguments_are_refused(arguments, said, capsys):
 
 
 def test_bf16_of_1b_is_refused(place):
-    one_line(place.run("unused", "--bf16", "--1b"), "leave out one")
+    one_line(place.run("unused", "--bf16", "--1b"), "remove --bf16 or --1b")
 
 
 def test_help_names_the_settings_and_the_options(place):
