@@ -1,7 +1,6 @@
-"""How fast the loader, the loss and the training step are, beside the plain way to write them.
+"""How fast the loader and the training step are, beside the plain way to write them.
 
     python scripts/benchmark.py loader [--data PATTERN] [--profile]
-    python scripts/benchmark.py loss [--size 1024x8192]
     python scripts/benchmark.py step [--model ViT-B-16 --batch 256]
 
 Each prints one table: variant, figure, ratio to the plain way, which is measured in the same run, by turns; medians.
@@ -11,17 +10,12 @@ loader      CPU time of one worker of a DataLoader, its shuffle buffer full. `pl
             float32. `recipe` is dr/data.py. `floor` only decodes the JPEG, crops, resizes, and applies the two drawn
             operations. Without --data on shards of photographs of 512 pixels with 30 augmentations (pip install
             scikit-image), in both formats of embeddings. Memory is what the shuffle buffer takes.
-loss        Forward and backward of dr/loss.py, and of the formula as it stands in the paper, terms of weight 0
-            included; local × global batch. On the CPU a quarter of the larger sizes, by one thread's time. `matrix
-            products` are those that both need, and nothing else. Memory is the peak over what the features take,
-            gradients included.
 step        The reinforced step, and a CLIP step that encodes the same two captions for each image; data in memory.
 
 Leaves out: reading from a disk (the shards are in the page cache), and several GPUs.
 """
 
 import argparse
-import ctypes
 import gzip
 import io
 import json
@@ -447,150 +441,6 @@ def profile(shards, shuffle, batches, seconds):
     print()
 
 
-# --- loss -------------------------------------------------------------------------------------------------------------
-class GivenColumns(DRClipLoss):
-    """The loss of one of several processes, which are not there: what would be gathered is given."""
-
-    def _rows_and_columns(self, features):
-        return features, self.columns[features.data_ptr()]
-
-
-def formula(students, teachers, scale, weights):
-    """dr/loss.py's formula as it stands, with ``{name: (rows, columns)}`` of image, text and syn."""
-    contrastive = distill = 0.0
-    labels = torch.arange(len(students["image"][0]), device=scale.device)
-    for text in ("text", "syn"):
-        for one, other in (("image", text), (text, "image")):
-            logits = scale * students[one][0] @ students[other][1].T
-            target = sum(
-                (100 * a @ b.T).softmax(dim=1)
-                for a, b in zip(
-                    teachers[one][0].split(TEACHERS, 1),
-                    teachers[other][1].split(TEACHERS, 1),
-                    strict=True,
-                )
-            ) / len(TEACHERS)
-            contrastive = contrastive + F.cross_entropy(logits, labels) / 2
-            distill = distill - (target * logits.log_softmax(dim=1)).sum(dim=1).mean() / 2
-    return weights[0] * contrastive + weights[1] * distill
-
-
-def loss_variants(size, weights, device, seed):
-    """``{name: function that goes forward and backward and returns (loss, gradients)}``."""
-    generator, (local, whole) = torch.Generator(device).manual_seed(seed), size
-
-    def features(widths):
-        parts = [torch.randn(whole, width, generator=generator, device=device) for width in widths]
-        return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
-
-    columns = {name: features([512]).requires_grad_() for name in ("image", "text", "syn")}
-    students = {
-        name: (c[:local].detach().clone().requires_grad_(), c) for name, c in columns.items()
-    }
-    teachers = {name: (c[:local].clone(), c) for name in columns for c in [features(TEACHERS)]}
-    scale = torch.tensor(20.0, device=device, requires_grad=True)
-    wanted = [scale, *(tensor for pair in students.values() for tensor in pair)]
-    recipe = GivenColumns(
-        True, True, False, 0, whole // local, False, TEACHERS, weights, True, 100.0
-    )
-    recipe.columns = {
-        rows.data_ptr(): c for pairs in (students, teachers) for rows, c in pairs.values()
-    }
-
-    def ours():
-        names = ("image", "text", "syn")
-        student, teacher = ([pairs[name][0] for name in names] for pairs in (students, teachers))
-        return sum(recipe(*student[:2], scale, *teacher[:2], student[2], teacher[2]))
-
-    def step(loss):
-        def run():
-            value = loss()
-            gradients = torch.autograd.grad(value, wanted)
-            value = value.detach()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return value, gradients
-
-        return run
-
-    @torch.no_grad()
-    def products():
-        for text in ("text", "syn"):
-            for one, other in (("image", text), (text, "image")):
-                for rows, whole in [
-                    (students[one][0], students[other][1]),
-                    *zip(
-                        teachers[one][0].split(TEACHERS, 1),
-                        teachers[other][1].split(TEACHERS, 1),
-                        strict=True,
-                    ),
-                ]:
-                    logits = rows @ whole.T
-                logits @ students[other][1], logits.T @ students[one][0]
-        return torch.zeros(()), []
-
-    return {
-        "formula": step(lambda: formula(students, teachers, scale, weights)),
-        "recipe": step(ours),
-        "matrix products": products,
-    }
-
-
-def loss_memory(name, size, weights, device, seed):
-    """MB, the peak of a step over what the features take."""
-    loss_variants((64, 128), weights, device, seed)[
-        name
-    ]()  # libraries come into memory at their first use
-    run = loss_variants(size, weights, device, seed)[name]
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to count
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    run()
-    return resident("VmHWM") - before
-
-
-def loss(args):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP's trainer
-    torch.set_num_threads(1)
-    part = 1 if device == "cuda" else 4
-    sizes = args.size or [(256, 8192), (1024, 8192 // part), (512, 65536 // part)]
-    print("| local × global | w₀ w₁ | variant | ms | ratio | MB | ratio | loss | off by |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for size in sizes:
-        for weights in ((0.0, 1.0), (0.25, 0.75)):
-            variants = loss_variants(size, weights, device, args.seed)
-            (loss, expected), (ours, gradients) = variants["formula"](), variants["recipe"]()
-            pairs = zip(expected, gradients, strict=True)
-            off = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
-            del pairs, expected, gradients
-            told = {"formula": f"{float(loss):.5f} | ", "recipe": f"{float(ours):.5f} | {off:.0e}"}
-            seconds = by_turns(
-                variants, args.runs, time.perf_counter if device == "cuda" else time.process_time
-            )
-            memory = {
-                name: in_fresh_process(loss_memory, name, size, weights, device, args.seed)
-                for name in told
-            }
-            for name, took in seconds.items():
-                cells = [f"{1000 * took:,.1f}", f"{took / seconds['formula']:.2f}"]
-                if name in told:
-                    cells += [
-                        f"{memory[name]:,.0f}",
-                        f"{memory[name] / max(memory['formula'], 0.1):.2f}",
-                        told[name],
-                    ]
-                print(
-                    f"| {size[0]} × {size[1]} | {weights[0]} {weights[1]} | {name} | {' | '.join(cells)} |",
-                    flush=True,
-                )
-
-
 # --- step -------------------------------------------------------------------------------------------------------------
 def step(args):
     import open_clip
@@ -663,7 +513,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["loader", "loss", "step"])
+    parser.add_argument("what", choices=["loader", "step"])
     parser.add_argument("--runs", type=int, default=5, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     part = parser.add_argument_group("loader")
@@ -686,15 +536,6 @@ def main(arguments=None):
     part.add_argument(
         "--profile", action="store_true", help="also a table of what each stage costs"
     )
-    part = parser.add_argument_group("loss")
-    pair = lambda text: tuple(int(number) for number in text.split("x"))  # noqa: E731
-    part.add_argument(
-        "--size",
-        type=pair,
-        action="append",
-        metavar="LOCALxGLOBAL",
-        help="may be given several times",
-    )
     part = parser.add_argument_group("step")
     part.add_argument("--model", default="ViT-B-16", help="default %(default)s")
     part.add_argument("--batch", type=int, default=256, help="default %(default)s")
@@ -705,7 +546,7 @@ def main(arguments=None):
     part.add_argument("--grad-checkpointing", action="store_true")
     args = parser.parse_args(arguments)
     print_header(args)
-    {"loader": loader, "loss": loss, "step": step}[args.what](args)
+    {"loader": loader, "step": step}[args.what](args)
 
 
 if __name__ == "__main__":
