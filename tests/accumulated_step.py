@@ -1,8 +1,8 @@
-"""Run with a patched tree on PYTHONPATH by test_trainer.py: the trainer's step with and without
-accumulation.
+"""Compare the trainer's step with and without gradient accumulation.
 
-Prints, as JSON, the largest relative difference of any parameter's gradient between one batch and
-the same batch as several micro-batches, and the relative difference of the logit scale's.
+test_trainer.py runs this script with a patched tree on PYTHONPATH. It prints, as JSON, the largest
+relative difference of any parameter's gradient between one batch and the same batch as several
+micro-batches, and the relative difference of the logit scale's gradient.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Run under torchrun by test_loss.py: the loss of N processes against that of one with the whole
-batch.
+"""Compare the loss on N processes with the loss on one process with the whole batch.
 
-Each rank holds a part of the batch, and a small linear "encoder" whose gradient is averaged over
-ranks, as DistributedDataParallel does. Prints "all settings agree" on each rank, or fails.
+test_loss.py runs this script under torchrun. Each rank holds a part of the batch and a small linear
+encoder, whose gradient is averaged over ranks, as DistributedDataParallel does. Each rank prints
+"all settings agree", or fails.
 """
 
 import itertools
@@ -74,8 +74,7 @@ def run(rank, world_size):
 
 
 def own_features_gradient(start, world_size, local_loss, inputs, teachers, settings, synthetic):
-    """The plain formula, on one process: gradients reach a rank's own features only, and are
-    averaged over ranks."""
+    """Compute, on one process, the mean of the ranks' gradients of their own features only."""
     weight = start.clone().requires_grad_()
     (contrastive, distill), total = settings["distill_loss_weights"], 0.0
     for rank in range(world_size):

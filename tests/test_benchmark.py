@@ -40,12 +40,18 @@ def test_loader_recipe_and_plain_way_side_by_side_in_both_formats():
 
 def test_loss_and_formula_agree_in_the_table():
     rows = table("loss", "--size", "8x32")
-    assert [row[2] for row in rows[2:]] == ["formula", "recipe", "matrix products"] * 2
+    assert [row[2] for row in rows[2:]] == ["formula", "dr/loss.py", "matrix products"] * 2
     for formula, recipe in (rows[2:4], rows[5:7]):
         assert (
             float(recipe[7]) == pytest.approx(float(formula[7]), rel=1e-5)
             and float(recipe[8]) < 1e-4
         )
+
+
+def test_share_of_flops_of_the_loss_grows_with_the_global_batch():
+    rows = table("loss", "--flops", "--model", TINY)
+    shares = {row[0]: float(row[4].removesuffix(" %")) for row in rows[2:]}
+    assert 0 < shares["12M"] < shares["1B"] < 100
 
 
 def test_step_reinforced_and_plain_side_by_side():
