@@ -20,6 +20,7 @@ from .batch import Batch
 from .sample import BadSample, BaselineRecipe, ReinforcedRecipe
 from .sampling import Cursor
 from .sources import Item, Skipped
+from .tar import Unknown
 
 Recipe = ReinforcedRecipe | BaselineRecipe
 Tokenizer = Callable[[list[str]], Tensor]
@@ -78,6 +79,7 @@ class Tally:
         self.read, self.skipped = 0, Counter[str]()
         self.warned = Counter[str]()  # since the worker started
         self.has_used = False  # a sample; until then ``Streak`` has a better message
+        self.unknown: Unknown | None = None  # of the first skipped sample with unknown extensions
 
     def count_read(self, items: Iterable[Item]) -> Iterator[Item]:
         """A stage: count the samples that pass."""
@@ -94,7 +96,9 @@ class Tally:
         self.skipped[sample.reason] += 1
         self.warned[sample.reason] += 1
         count = self.warned[sample.reason]
-        if count <= WARNINGS_PER_REASON or str(count).rstrip("0") == "1":
+        explains = sample.unknown is not None and self.unknown is None
+        self.unknown = self.unknown or sample.unknown
+        if explains or count <= WARNINGS_PER_REASON or str(count).rstrip("0") == "1":
             logging.warning(
                 f"Skipped sample {sample.key} of {sample.url}: {sample.message} "
                 f"(number {count} for this reason in this worker)"
@@ -119,7 +123,7 @@ class Tally:
             "not one sample can be used. Found: "
             f"{list_counts(found) or 'no sample in the shards'}. "
             f"Training needs in each sample: {needed}. scripts/join_datacompdr12m.sh makes such "
-            "shards."
+            f"shards.{f' The shards have {self.unknown}.' if self.unknown else ''}"
         )
 
 

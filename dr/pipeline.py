@@ -33,6 +33,7 @@ from .sample import (
     missing,
 )
 from .sources import MAX_UNREADABLE_SHARDS, Skipped, stream
+from .tar import KNOWN_MEMBERS, Unknown
 from .transforms import compose_from_config, split_for_device
 
 __all__ = ["StreamLoader", "adapt_stages", "make_pass_loader"]
@@ -176,7 +177,7 @@ class BaselineStages:
             self.empty_shards = 0
             self.tally.read += 1
             if lacks := missing(sample, PLAIN_MEMBERS):
-                self._skip(sample, lacks[0], self.complete)
+                self._skip(sample, BadSample(lacks[0], _find_unknown(sample) or ""), self.complete)
             else:
                 self.complete.end()
             yield sample
@@ -185,7 +186,8 @@ class BaselineStages:
         """Before decoding: the sample before is undecodable if it did not come out."""
         for sample in samples:
             if self.started is not None:
-                self._skip(self.started, "undecodable image or caption", self.decodable)
+                undecodable = BadSample("undecodable image or caption")
+                self._skip(self.started, undecodable, self.decodable)
             self.started = sample
             yield sample
 
@@ -204,9 +206,16 @@ class BaselineStages:
         for images, texts, uids in samples:
             yield Batch(images, texts[:, None], list(uids)), self.tally.take_counts()
 
-    def _skip(self, sample: dict, reason: str, streak: Streak) -> None:
-        self.tally.skip(Skipped(reason, reason, sample["__key__"], sample["__url__"]))
-        streak.add(reason)
+    def _skip(self, sample: dict, error: BadSample, streak: Streak) -> None:
+        key, url = sample["__key__"], sample["__url__"]
+        self.tally.skip(Skipped(error.reason, str(error), key, url, error.unknown))
+        streak.add(error.reason)
+
+
+def _find_unknown(sample: dict) -> Unknown | None:
+    """The unknown members of a sample that OpenCLIP's reader has grouped."""
+    names = [name for name in sample if name not in KNOWN_MEMBERS and not name.startswith("__")]
+    return Unknown(len(names), f"{sample['__key__']}.{names[0]}") if names else None
 
 
 # --- options --------------------------------------------------------------------------------------

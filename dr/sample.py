@@ -27,18 +27,10 @@ from PIL import Image
 from torch import Tensor
 
 from .sampling import Choice
+from .tar import IMAGE_MEMBERS, PLAIN_MEMBERS, REINFORCED_MEMBERS, Unknown
+from .tar import USED_MEMBERS as USED_MEMBERS
 from .transforms import Compose
 
-IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
-# Required members of a sample: a name for messages, and the extensions of which one must be there.
-PLAIN_MEMBERS = {"an image": IMAGE_MEMBERS, "a caption": ("txt",)}
-REINFORCED_MEMBERS = {
-    **PLAIN_MEMBERS,
-    "synthetic captions": ("syn.json",),
-    "augmentation parameters": ("paug.json",),
-    "embeddings": ("npz", "pth.gz"),
-}
-USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
 EMBEDDINGS = ("image_emb", "text_emb")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # only these: some of Pillow's formats start a program
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's images have at most 512 x 512
@@ -53,11 +45,13 @@ class BadSample(ValueError):
 
     Attributes:
         reason: what is wrong in a few words, the same for all samples with this fault, to count by.
+        unknown: members with unknown extensions of a sample that lacks something.
     """
 
     def __init__(self, reason: str, detail: object = ""):
         super().__init__(f"{reason}: {detail}" if str(detail) else reason)
         self.reason = reason
+        self.unknown = detail if isinstance(detail, Unknown) else None
 
 
 def missing(sample: dict, members: dict[str, tuple[str, ...]]) -> list[str]:
@@ -67,6 +61,12 @@ def missing(sample: dict, members: dict[str, tuple[str, ...]]) -> list[str]:
         for name, extensions in members.items()
         if not any(extension in sample for extension in extensions)
     ]
+
+
+def check_members(sample: dict, members: dict[str, tuple[str, ...]]) -> None:
+    """Raise BadSample if a sample lacks a required member."""
+    for lack in missing(sample, members):
+        raise BadSample(lack, getattr(sample, "unknown", None) or "")
 
 
 def first_member(sample: dict, extensions: tuple[str, ...]) -> tuple[str, bytes]:
@@ -97,10 +97,10 @@ def synthetic_captions(sample: dict) -> list[str]:
         or not all(isinstance(c, str) and c.strip() for c in captions)
     ):
         raise BadSample("unreadable syn.json", "expected a list of captions under syn_text")
-    return [_bound_caption(text) for text in captions]
+    return [bound_caption(text) for text in captions]
 
 
-def _bound_caption(text: str) -> str:
+def bound_caption(text: str) -> str:
     """The caption, cut if it is very long; see ``MAX_CAPTION``."""
     if len(text) <= MAX_CAPTION:
         return text
@@ -126,7 +126,7 @@ def caption(sample: dict) -> str:
         raise BadSample("unreadable txt", error) from error
     if not text:
         raise BadSample("empty caption")
-    return _bound_caption(text)
+    return bound_caption(text)
 
 
 def embeddings(sample: dict) -> dict[str, Tensor]:
@@ -295,8 +295,7 @@ def draw(
     Raises:
         BadSample: something is missing, unreadable or not finite, or row counts disagree.
     """
-    for lack in missing(sample, REINFORCED_MEMBERS):
-        raise BadSample(lack)
+    check_members(sample, REINFORCED_MEMBERS)
     synthetic, parameters = synthetic_captions(sample), augmentation_parameters(sample)
     original, stored = caption(sample), _stored_embeddings(sample)
     for name, count, of in (
@@ -400,8 +399,7 @@ class BaselineRecipe:
 
     def draw(self, sample: dict, choice: Choice) -> dict:
         """A row with the caption, and the image as it was."""
-        for lack in missing(sample, PLAIN_MEMBERS):
-            raise BadSample(lack)
+        check_members(sample, PLAIN_MEMBERS)
         return {**sample, "captions": [caption(sample)]}
 
     def augment(self, row: dict, choice: Choice) -> dict:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import webdataset as wds
 
@@ -25,7 +25,7 @@ from .sampling import (
     ShardOrder,
     iterate_positions,
 )
-from .tar import read_samples, sample_spans
+from .tar import Members, Unknown, read_samples, sample_spans
 
 UNREADABLE = "shard that can't be read"
 # Shards in a row without one readable sample, after which a stream gives up.
@@ -41,12 +41,14 @@ class Skipped(NamedTuple):
         reason: see ``BadSample``.
         message: the reason and its details.
         key, url: the sample and its shard.
+        unknown: see ``BadSample``.
     """
 
     reason: str
     message: str
     key: str
     url: str
+    unknown: Unknown | None = None
 
 
 class Item(NamedTuple):
@@ -68,7 +70,8 @@ class Item(NamedTuple):
     def skip(self, error: BadSample, key: str = "", url: str = "") -> "Item":
         """This item, skipped for the reason of ``error``."""
         key, url = self.row.get("__key__", key), self.row.get("__url__", url)
-        return self._replace(row={}, skipped=Skipped(error.reason, str(error), key, url))
+        skipped = Skipped(error.reason, str(error), key, url, error.unknown)
+        return self._replace(row={}, skipped=skipped)
 
 
 def stream(shards: Iterable[dict], wanted: Callable[[str], bool]) -> Iterator[Item]:
@@ -88,7 +91,9 @@ def stream(shards: Iterable[dict], wanted: Callable[[str], bool]) -> Iterator[It
             with wds.gopen(url) as file:
                 for key, members in read_samples(file, wanted):
                     empty = 0
-                    yield Item({"__key__": key, "__url__": url, **members}, choice)
+                    row: dict = members
+                    row |= {"__key__": key, "__url__": url}
+                    yield Item(row, choice)
         except Exception as error:  # of files, pipes and HTTP, and of damaged tars
             fault = f"{type(error).__name__}: {error}"
             yield Item({}, choice).skip(BadSample(UNREADABLE, fault), url=url)
@@ -106,11 +111,15 @@ class _OpenShard:
     def __init__(self, path: str, wanted: Callable[[str], bool]):
         self.file: BinaryIO | None = None
         self.fault = ""
-        self.samples: list[tuple[str, dict[str, tuple[int, int]]]] = []  # offset and size
+        self.samples: list[tuple[str, Members[tuple[int, int]]]] = []  # offset and size
         try:
             self.file = open(path, "rb")  # noqa: SIM115  (closed when it is evicted)
             for key, members in sample_spans(self.file):
-                spans = {name: (m.offset, m.size) for name, m in members.items() if wanted(name)}
+                spans = Members(
+                    (name, (m.offset, m.size)) for name, m in members.items() if wanted(name)
+                )
+                if members.unknown:
+                    spans.unknown = members.unknown
                 self.samples.append((key, spans))
         except Exception as error:  # of file systems and of damaged tars
             self.fault = f"{type(error).__name__}: {error}"
@@ -147,7 +156,8 @@ class ShardReader:
                 raise BadSample(UNREADABLE, opened.fault)
             raise BadSample("not in its shard", f"sample {place} of {len(opened.samples)}")
         key, members = opened.samples[place]
-        sample: dict = {"__key__": key, "__url__": self.shards[shard]}
+        sample = Members[Any](__key__=key, __url__=self.shards[shard])
+        sample.unknown = members.unknown
         for extension, (offset, size) in members.items():
             try:
                 data = os.pread(opened.file.fileno(), size, offset)

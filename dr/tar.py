@@ -25,6 +25,18 @@ MAX_EXTENDED_HEADER = 1 << 20  # bytes; tarfile reads such a header into memory 
 MAX_PADDING = 1 << 20  # bytes of zeros after the last member; some tools pad this far
 SIZES = "sizes.json"
 
+IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
+# Required members of a sample: a name for messages, and the extensions of which one must be there.
+PLAIN_MEMBERS = {"an image": IMAGE_MEMBERS, "a caption": ("txt",)}
+REINFORCED_MEMBERS = {
+    **PLAIN_MEMBERS,
+    "synthetic captions": ("syn.json",),
+    "augmentation parameters": ("paug.json",),
+    "embeddings": ("npz", "pth.gz"),
+}
+USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
+KNOWN_MEMBERS = USED_MEMBERS | {"url.txt", "json", "cls"}  # the latter are in shards, but not used
+
 Value = TypeVar("Value")
 # As webdataset's base_plus_ext: the folder and everything up to the first dot of the file's name,
 # then the rest.
@@ -49,6 +61,31 @@ class Member(NamedTuple):
     offset: int
     size: int
     is_file: bool
+
+
+class Unknown(NamedTuple):
+    """Members with unknown extensions: their number, and the name of the first."""
+
+    number: int
+    first: str
+
+    def __str__(self) -> str:
+        key, extension = (part[:200] for part in split_name(self.first) or ("", ""))
+        return (
+            f"members with unknown extensions: {self.number}, the first is {self.first[:200]!r}, "
+            f"read as key {key!r} and extension {extension!r} (the key ends at the first dot of "
+            "the file name)"
+        )
+
+
+class Members(dict[str, Value]):
+    """What is kept of a sample's members, by extension.
+
+    Attributes:
+        unknown: those whose extension is not one of ``KNOWN_MEMBERS``; None: there are none.
+    """
+
+    unknown: Unknown | None = None
 
 
 # --- headers --------------------------------------------------------------------------------------
@@ -195,9 +232,16 @@ def split_name(name: str) -> tuple[str, str] | None:
     return found[1], found[2].lower()
 
 
+def merge_unknown(one: Unknown | None, other: Unknown | None) -> Unknown | None:
+    """The unknown members of both."""
+    if one is None or other is None:
+        return one or other
+    return Unknown(one.number + other.number, one.first)
+
+
 def group_members(
     members: Iterable[tuple[str, Value | None]],
-) -> Iterator[tuple[str, dict[str, Value]]]:
+) -> Iterator[tuple[str, Members[Value]]]:
     """Group members into samples as WebDataset does: neighbours that share a key, each extension
     once.
 
@@ -210,7 +254,7 @@ def group_members(
         first.
     """
     current: str | None = None
-    sample: dict[str, Value] = {}
+    sample = Members[Value]()
     seen: set[str] = set()
     error: Exception | None = None
     members = iter(members)
@@ -228,10 +272,12 @@ def group_members(
         if key != current or extension in seen:
             if current is not None:
                 yield current, sample
-            current, sample, seen = key, {}, set()
+            current, sample, seen = key, Members(), set()
         seen.add(extension)
         if value is not None:
             sample[extension] = value
+        if extension not in KNOWN_MEMBERS:
+            sample.unknown = merge_unknown(sample.unknown, Unknown(1, name))
     if current is not None:
         yield current, sample
     if error is not None:
@@ -239,14 +285,15 @@ def group_members(
 
 
 def read_samples(
-    stream: BinaryIO, wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
+    stream: BinaryIO, wanted: Callable[[str], bool], whole: bool = False
+) -> Iterator[tuple[str, Members[bytes]]]:
     """Read the samples of an uncompressed tar one after the other.
 
     Args:
         stream: a file, or anything with ``read``.
         wanted: which members to read, by extension. Others are skipped, as are those over
             ``MAX_MEMBER`` bytes.
+        whole: as in :func:`read_headers`.
 
     Yields:
         key and ``{extension: bytes}``.
@@ -257,7 +304,7 @@ def read_samples(
     file: Any = stream if getattr(stream, "seekable", bool)() else _ForwardStream(stream)
 
     def members() -> Iterator[tuple[str, bytes | None]]:
-        for member in read_headers(file):
+        for member in read_headers(file, whole=whole):
             found = split_name(member.name)
             if not member.is_file or found is None:
                 continue
@@ -274,7 +321,7 @@ def read_samples(
     return group_members(members())
 
 
-def sample_spans(file: BinaryIO, whole: bool = False) -> Iterator[tuple[str, dict[str, Member]]]:
+def sample_spans(file: BinaryIO, whole: bool = False) -> Iterator[tuple[str, Members[Member]]]:
     """The samples of an uncompressed tar, as in :func:`read_samples`, without reading their bytes.
 
     Args:

@@ -70,7 +70,6 @@ from lib.report import describe_error, format_table, printable, run_command
 from lib.shards import (
     CHUNK,
     HEADER_BUFFER,
-    IMAGES,
     Contents,
     ShardError,
     Source,
@@ -84,7 +83,15 @@ from lib.shards import (
 from lib.tar_writer import write_tar
 from tqdm import tqdm
 
-from dr.tar import SIZES, read_headers, split_name
+from dr.tar import (
+    IMAGE_MEMBERS,
+    KNOWN_MEMBERS,
+    SIZES,
+    Unknown,
+    merge_unknown,
+    read_headers,
+    split_name,
+)
 
 VERSION = 2  # of the bytes written; a higher one has finished shards joined again
 GZIP_LEVEL = 1  # of bf16 embeddings; 9 saves 1 % more (join benchmark)
@@ -109,6 +116,8 @@ class Counts:
     first: dict[str, str] = field(default_factory=dict)  # the first skipped uid by reason
     differing: Counter[str] = field(default_factory=Counter)  # members in two sources by extension
     unverified: int = 0  # samples without a sha256 to compare
+    unknown: int = 0  # members with unknown extensions
+    first_unknown: str = ""  # about the first of them
 
     def skip(self, uid: str, reason: str) -> None:
         self.left_out[reason] += 1
@@ -119,7 +128,7 @@ def find_parts(extensions: Iterable[str]) -> set[str]:
     """Which of image, caption and reinforcement these members make up."""
     extensions = set(extensions)
     parts = {
-        "image": not extensions.isdisjoint(IMAGES),
+        "image": not extensions.isdisjoint(IMAGE_MEMBERS),
         "caption": "txt" in extensions,
         "reinforcement": {"syn.json", "paug.json"} <= extensions
         and not extensions.isdisjoint({"npz", "pth.gz"}),
@@ -137,7 +146,7 @@ def has_changed(uid: str, contents: Sequence[Contents]) -> bool | None:
         members = next((s for s in samples if not s.keys().isdisjoint(extensions)), {})
         return read_json_object(members["json"]).get("sha256") if "json" in members else None
 
-    downloaded, embedded = read_sha256(IMAGES), read_sha256(["syn.json"])
+    downloaded, embedded = read_sha256(IMAGE_MEMBERS), read_sha256(["syn.json"])
     if not isinstance(downloaded, str) or not isinstance(embedded, str):
         return None
     return downloaded.lower() != embedded.lower()
@@ -147,6 +156,10 @@ def unite_samples(
     contents: Sequence[Contents], settings: dict[str, Any], counts: Counts
 ) -> Iterator[tuple[str, Members]]:
     """Yield ``(uid, {extension: Span})`` of the samples to write, and count the others."""
+    for source in contents:
+        if source.unknown:
+            counts.unknown += source.unknown.number
+            counts.first_unknown = counts.first_unknown or str(source.unknown)
     leader = next(
         (c for c in contents if any("paug.json" in members for members in c.samples.values())),
         contents[0],
@@ -309,7 +322,8 @@ class Join:
             if not written:
                 reasons = (f"{number} with {why}" for why, number in counts.left_out.items())
                 lost = ", ".join(reasons) or "the sources are empty"
-                raise ShardError(f"no sample would be left: {lost}")
+                hint = f"; {counts.first_unknown}" if counts.first_unknown else ""
+                raise ShardError(f"no sample would be left: {lost}{hint}")
             record.unlink(missing_ok=True)
             return written
 
@@ -354,6 +368,8 @@ def new_report() -> dict[str, Any]:
         "left_out": Counter(),
         "differing": Counter(),
         "unverified": 0,
+        "unknown": 0,
+        "first_unknown": "",
         "seconds": 0,
         "failed": {},
         "unusable": {},
@@ -367,6 +383,8 @@ def add_to_report(report: dict[str, Any], other: dict[str, Any]) -> None:
             report[name] = max(total, other.get(name, 0))  # tasks run at the same time
         elif isinstance(total, dict):
             total.update(other.get(name, {}))  # a Counter adds
+        elif isinstance(total, str):
+            report[name] = total or other.get(name, "")
         else:
             report[name] += other.get(name, 0)
 
@@ -399,6 +417,8 @@ def format_report(report: dict[str, Any]) -> str:
         rows.append((f"in two sources, differing: {printable(extension)}", number))
     if report["unverified"]:
         rows.append(("kept without a sha256 to compare", report["unverified"]))
+    if report["unknown"]:
+        rows.append(("members with unknown extensions", report["unknown"]))
     for state, number in sorted(report["shards"].items(), reverse=True):
         rows.append((f"shards {state}", number))
     if report["unusable"]:
@@ -489,19 +509,16 @@ def choose_names(args: argparse.Namespace, sources: Sequence[AnySource]) -> list
             f"no shards (*.tar) in {last.folder}, the last --source: name them with --shards"
         )
     check_names(names)
-    if missing := find_missing_parts(names, sources, args.require):
-        raise SystemExit(
-            "\n".join(f"no source holds a sample's {part}: {HOW_TO_GET[part]}" for part in missing)
-        )
+    check_parts(names, sources, args.require)
     return names
 
 
-def find_missing_parts(
-    names: Sequence[str], sources: Sequence[AnySource], require: Sequence[str]
-) -> list[str]:
-    """Which required parts no source holds, judged by the first shards, so that a forgotten source
-    is an error before all shards are read. Stops as soon as all parts were found."""
+def check_parts(names: Sequence[str], sources: Sequence[AnySource], require: Sequence[str]) -> None:
+    """Exit with a line if no source holds a required part, judged by the first shards, so that a
+    forgotten source is an error before all shards are read. Stops as soon as all parts were
+    found."""
     extensions: set[str] = set()
+    unknown: Unknown | None = None
     for name in names[:8]:
         for source in sources:
             try:
@@ -509,11 +526,18 @@ def find_missing_parts(
                     for member in read_headers(file):
                         if found := split_name(member.name.removeprefix("./")):
                             extensions.add(found[1])
+                            if found[1] not in KNOWN_MEMBERS:
+                                unknown = merge_unknown(unknown, Unknown(1, member.name))
                         if find_parts(extensions) >= set(require):
-                            return []
+                            return
             except (OSError, ShardError, tarfile.TarError):
-                return []  # unknown; joining reports what is wrong with the shard
-    return [part for part in require if part not in find_parts(extensions)]
+                return  # joining reports what is wrong with the shard
+    missing = [part for part in require if part not in find_parts(extensions)]
+    lines = [f"no source holds a sample's {part}: {HOW_TO_GET[part]}" for part in missing]
+    if missing and unknown:
+        lines.append(f"there are {printable(unknown, 1000)}")
+    if lines:
+        raise SystemExit("\n".join(lines))
 
 
 def select_share(names: Sequence[str], index: int, count: int) -> Sequence[str]:
@@ -527,7 +551,7 @@ def join_all(
     """Join shards, show the progress, and add the results to the report."""
     aligned = [source for source in join.sources if isinstance(source, Source)]
     sizes = {name: sum((source.stamp(name) or [0])[0] for source in aligned) for name in names}
-    start = time.monotonic()
+    start, explained = time.monotonic(), False
     task = f"task {args.task_index} of {args.task_count}" if args.task_count > 1 else None
     with tqdm(total=sum(sizes.values()), desc=task, unit="B", unit_scale=True, smoothing=0) as bar:
         for done, result in enumerate(run_all(join, names, args.workers), 1):
@@ -542,6 +566,9 @@ def join_all(
                 report["failed"][name] = result["error"]
             for line in describe_result(result):
                 bar.write(f"{name}: {line}", file=sys.stderr)
+            if state == "joined" and result["first_unknown"] and not explained:
+                explained = True  # the first of the run; the report has their number
+                bar.write(f"{name}: {printable(result['first_unknown'], 1000)}", file=sys.stderr)
             bar.set_postfix_str(f"{done} of {len(names)} shards")
     report["seconds"] = round(time.monotonic() - start, 2)
     report["failed"] = dict(sorted(report["failed"].items()))

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -872,10 +873,25 @@ BAD_MEMBERS = {
         member(f"{B}.json", data=b'{"uid": "\\ud800"}'),
         "a uid that can't be a file name",
     ),
-    "uid that is a number": (
-        member(f"{B}.json", data=b'{"uid": 7}'),
-        "a uid that can't be a file name",
+    **{
+        f"uid that is {reason}": (
+            member(f"{B}.json", data=b'{"uid": %s}' % value),
+            f"a uid that is {reason}",
+        )
+        for value, reason in (
+            (b"null", "null"),
+            (b"true", "true or false"),
+            (b"1.5", "a number with a point"),
+            (b"1e400", "a number with a point"),
+            (b"[7]", "a list"),
+            (b'{"id": 7}', "an object"),
+        )
+    },
+    "uid of 5,000 digits": (
+        member(f"{B}.json", data=b'{"uid": %s}' % (b"7" * 5000)),
+        "an unreadable json",
     ),
+    "blank uid": (member(f"{B}.json", data=b'{"uid": ""}'), "a uid that can't be a file name"),
 }
 
 
@@ -892,6 +908,49 @@ def test_bad_member_costs_its_sample_only(folders, case, tar_format, capsys):
     assert list(folders.joined()) == [A, C]
     assert report["left_out"] == {reason: 1}
     assert f"00000000.tar: 1 skipped for {reason}, first {B}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [17, 0, -5, 10**40])
+def test_a_whole_number_as_uid_is_its_digits(folders, number):
+    """img2dataset writes an integer column so; captions and reinforcements may have it as text."""
+    uid = str(number)
+    downloaded = image(0, uid)[1] | {"json": json.dumps({"uid": number}).encode()}
+    folders.write(uids=(uid,), images=[("000000000", downloaded)])
+    assert folders.join()["samples"] == 1 and list(folders.joined()) == [uid]
+    members = reinforcement(uid)[1] | {"json": json.dumps({"uid": number}).encode()}
+    write_shard(folders.reinforcements / "00000000.tar", [("0", members)])
+    folders.join()
+    assert list(folders.joined()) == [uid]
+    aligned = ["--source", folders.captions, "--source", folders.reinforcements]
+    unaligned = ["--unaligned-source", folders.images, "--output", folders.output, "--workers", "1"]
+    join_shards.main([str(argument) for argument in (*aligned, *unaligned)])
+    assert folders.report()["samples"] == 1
+
+
+def test_keys_with_dots_are_named_with_the_rule_and_their_members_counted(folders, capsys):
+    rule = "the key ends at the first dot of the file name"
+    dotted = [(f"photo.{n}", reinforcement(A)[1] | caption(A)[1]) for n in range(3)]
+    dotted = [(key, without("json", (key, members))[1]) for key, members in dotted]
+    folders.write(captions=dotted, images=dotted, reinforcements=dotted)
+    with pytest.raises(SystemExit) as error:
+        folders.join()
+    assert "no source holds a sample's image: " in str(error.value)
+    first = "the first is 'photo.0.url.txt', read as key 'photo' and extension '0.url.txt'"
+    assert f"members with unknown extensions: 45, {first} ({rule})" in str(error.value)
+    # Some have a plain key: the others are counted, and the first of the run is explained.
+    for name in ("00000000.tar", "00000001.tar"):
+        folders.write(name, captions=[*map(caption, (A, B, C)), dotted[0]])
+    capsys.readouterr()
+    report = folders.join()
+    assert report["samples"] == 6 and report["unknown"] == 10
+    assert report["left_out"] == {"no image, no caption, no reinforcement": 2}
+    out, err = capsys.readouterr()
+    assert re.search(r"members with unknown extensions +10\n", out)
+    assert err.count(first) == 1 and rule in err
+    # A shard that has no other sample fails, and says so.
+    folders.write("00000002.tar", captions=dotted, images=dotted, reinforcements=dotted)
+    (line,) = folders.join_failing()["failed"].values()
+    assert "no sample would be left" in line and "'photo.0.url.txt'" in line and rule in line
 
 
 def test_members_packed_from_a_folder_and_stray_files_do_no_harm(folders):

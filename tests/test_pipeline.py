@@ -32,9 +32,22 @@ from dr.pipeline import (
     keep_image_and_caption,
     make_recipe,
 )
-from dr.sample import PLAIN_MEMBERS, USED_MEMBERS, BadSample, decode_image
+from dr.sample import (
+    PLAIN_MEMBERS,
+    USED_MEMBERS,
+    BadSample,
+    BaselineRecipe,
+    decode_image,
+)
 from dr.sampling import RandomChoice
-from dr.sources import MAX_UNREADABLE_SHARDS, Item, stream
+from dr.sources import (
+    MAX_UNREADABLE_SHARDS,
+    Item,
+    ShardReader,
+    StreamState,
+    passes,
+    stream,
+)
 from dr.transforms import compose_from_config, split_for_device, to_normalized
 
 
@@ -279,6 +292,54 @@ def test_validation_is_never_reinforced_and_may_be_empty_in_a_worker(tmp_path):
     stages = adapted(options(tmp_path), is_train=False)
     assert len(stages) == 9
     assert list(wds.DataPipeline(lambda: [], *stages[1:])) == []
+
+
+RULE = "the key ends at the first dot of the file name"
+
+
+@pytest.mark.parametrize("kind", ["reinforced", "baseline"])
+def test_keys_with_dots_cost_the_same_in_both_samplings_and_the_first_is_explained(
+    kind, tmp_path, caplog
+):
+    """Ten samples with a dot in their key are one sample of 70 unknown members."""
+    samples = [(f"photo.{n}", reinforced_sample(n)) for n in range(10)]
+    plain = [(uid(n), reinforced_sample(n)) for n in range(10, 14)]
+    lacking = [(uid(n), {"txt": b"caption"}) for n in range(20, 28)]  # more than are logged
+    shard = write_shard(tmp_path / "0.tar", [*lacking, *samples, *plain])
+    args = options(tmp_path, batch_size=4)
+    reinforced = make_recipe(args, preprocess())
+    recipe = reinforced if kind == "reinforced" else BaselineRecipe(preprocess())
+    wanted = {e for extensions in recipe.members.values() for e in extensions}.__contains__
+    state = StreamState(0, [13], [], 1, 0, (0, 0))
+    baseline = BaselineStages(Tally(PLAIN_MEMBERS, SkipLimit(10**9, 1.0)), outlive_sigterm=False)
+    found = {}
+    for sampling, source in (
+        ("with replacement", stream([{"url": str(shard)}], wanted)),
+        ("without", itertools.islice(passes(ShardReader([str(shard)], wanted), state), 13)),
+    ):
+        caplog.clear()
+        tally = Tally(recipe.members, SkipLimit(10**9, 1.0))
+        list(batches(source, recipe, tokenizer, 4, tally))
+        found[sampling] = tally.take_counts()
+        (line,) = [line for line in caplog.messages if RULE in line]
+        assert f"Skipped sample photo of {shard}: lacks an image" in line
+        assert "members with unknown extensions: 70, the first is 'photo.0.jpg'" in line
+        assert "read as key 'photo' and extension '0.jpg'" in line
+    if kind == "baseline":
+        caplog.clear()
+        read = wds.tarfile_to_samples()([{"url": str(shard)}])
+        list(baseline.check_members(read))
+        found["OpenCLIP's stages"] = baseline.tally.take_counts()
+        (line,) = [line for line in caplog.messages if RULE in line]
+        assert "members with unknown extensions: 70, the first is 'photo.0.jpg'" in line
+    counts = Counts(13, {"lacks an image (jpg or jpeg or png or webp)": 9})
+    assert found == dict.fromkeys(found, counts)
+
+
+def test_shards_of_dotted_keys_only_end_with_the_explanation(tmp_path):
+    write_shard(tmp_path / "0.tar", [(f"photo.{n}", reinforced_sample(n)) for n in range(3)])
+    with pytest.raises(RuntimeError, match=f"not one sample can be used.*'photo.0.jpg'.*{RULE}"):
+        list(pipeline(options(tmp_path), str(tmp_path / "0.tar")))
 
 
 def test_the_baseline_counts_what_openclips_stages_drop(tmp_path, caplog):

@@ -20,6 +20,8 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
+from dr.tar import merge_unknown
+
 from .pool import run_all
 from .publish import publish, remove_leftovers
 from .shards import (
@@ -158,7 +160,7 @@ class UnalignedSource:
 
     def find(self, uids: Iterable[str]) -> Contents:
         """What the shards hold of these uids."""
-        contents = Contents(Samples(), {})
+        contents, unknown = Contents(Samples(), {}), None
         rows: list[tuple[int, int, int, str]] = []  # number of the shard, first byte, size, uid
         with self._connect() as database:
             query = "SELECT shard, first, size FROM samples WHERE uid = ?"
@@ -175,6 +177,7 @@ class UnalignedSource:
             with open(self.folder / names[number], "rb", buffering=HEADER_BUFFER) as file:
                 for _, first, size, uid in group:
                     part = read_contents(file, first, first + size)
+                    unknown = merge_unknown(unknown, part.unknown)
                     if uid not in part.samples:
                         continue  # another uid with the same hash
                     if uid in contents.samples:
@@ -182,4 +185,4 @@ class UnalignedSource:
                     contents.samples.setdefault(uid, part.samples[uid])
                     if uid in part.refused:
                         contents.refused.setdefault(uid, part.refused[uid])
-        return contents
+        return contents._replace(unknown=unknown)

@@ -3,6 +3,7 @@
 Samples are matched by uid: the ``uid`` in ``<key>.json`` if there is one (img2dataset's keys are
 running numbers), else the key. Only headers and each ``<key>.json`` are read. A tar that is damaged
 or cut off raises ``ShardError``. A bad member or json makes its sample refused, with a reason.
+Members with unknown extensions belong to their sample, and are counted.
 
 Does not cover the contents of images and embeddings: see ``dr.sample``.
 """
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from braceexpand import braceexpand
 
-from dr.tar import Member, group_members, read_headers
+from dr.tar import IMAGE_MEMBERS, Member, Unknown, group_members, merge_unknown, read_headers
 
 CHUNK = 1 << 20
 MAX_JSON = 10_000_000  # bytes; a larger <key>.json is not read
@@ -27,7 +28,6 @@ MAX_NAME = 100  # bytes, in a plain ustar header
 MAX_SIZE = 8**11  # bytes, likewise
 MAX_OPEN_FILES = 128  # a process may have 1,024 by default
 HEADER_BUFFER = 8192  # each header is one read; the default buffer may be as large as megabytes
-IMAGES = ("jpg", "jpeg", "png", "webp")  # dr.sample.IMAGE_MEMBERS, whose import takes torch
 
 _PACKED_SPAN = struct.Struct("<IIQQ")  # numbers of the extension and the path, offset, size
 _FORBIDDEN = re.compile(r"[/\\\x00-\x1f]").search  # in a member's name
@@ -131,10 +131,12 @@ class Contents(NamedTuple):
     Attributes:
         samples: all of its samples by uid.
         refused: why a sample cannot be used, by uid.
+        unknown: members with unknown extensions.
     """
 
     samples: Samples
     refused: dict[str, str]
+    unknown: Unknown | None = None
 
 
 # --- reading a shard ------------------------------------------------------------------------------
@@ -147,8 +149,35 @@ def read_json_object(span: Span) -> dict[str, Any]:
     """
     if span.size > MAX_JSON:
         raise ValueError(f"{span.size} bytes, at most {MAX_JSON} are read")
-    content = json.loads(span.read())
+    return parse_json_object(span.read())
+
+
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """As :func:`read_json_object`."""
+    content = json.loads(data)
     return content if isinstance(content, dict) else {}
+
+
+def describe_type(value: object) -> str:
+    """What a JSON value is, for messages."""
+    names = {str: "text", bool: "true or false", int: "a whole number", list: "a list"}
+    names |= {float: "a number with a point", dict: "an object", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def parse_uid(uid: object) -> str:
+    """A uid from JSON as text; whole numbers, which ``img2dataset`` writes too, as their digits.
+
+    Raises:
+        ValueError: it cannot be the uid of a sample; the message is a reason to count by.
+    """
+    if isinstance(uid, int) and not isinstance(uid, bool):
+        return str(uid)
+    if not isinstance(uid, str):
+        raise ValueError(f"a uid that is {describe_type(uid)}")
+    if not _UID(uid):
+        raise ValueError("a uid that can't be a file name")
+    return uid
 
 
 def _check_members(
@@ -189,9 +218,10 @@ def read_contents(
     Raises:
         ShardError: the tar is damaged or cut off.
     """
-    by_key, faults = Samples(), dict[str, str]()
+    by_key, faults, unknown = Samples(), dict[str, str](), None
     bounds: dict[str, tuple[int, int]] = {}
     for key, found in group_members(_check_members(file, start, end)):
+        unknown = merge_unknown(unknown, found.unknown)
         members = by_key.get(key, {})  # of a sample whose members are not neighbours
         for extension, (member, fault) in found.items():
             span = Span(file.name, member.offset, member.size)
@@ -204,7 +234,7 @@ def read_contents(
                 bounds[key] = first, member.offset + member.size
         by_key[key] = members
 
-    contents = Contents(Samples(), {})
+    contents = Contents(Samples(), {}, unknown)
     for key, members in by_key.items():
         uid, members, fault = _identify(key, members)
         fault = faults.get(key) or fault
@@ -231,11 +261,12 @@ def _identify(key: str, members: dict[str, Span]) -> tuple[str, dict[str, Span],
             about = read_json_object(members["json"])
         except (ValueError, RecursionError):
             fault = "an unreadable json"
-    uid = about.get("uid", key)
-    if not isinstance(uid, str) or not _UID(uid):
-        uid, fault = key, "a uid that can't be a file name"
+    try:
+        uid = parse_uid(about.get("uid", key))
+    except ValueError as error:
+        uid, fault = key, fault or str(error)
     if str(about.get("status")).startswith("failed"):  # img2dataset's failed_to_download, …_resize
-        members = {name: span for name, span in members.items() if name not in IMAGES}
+        members = {name: span for name, span in members.items() if name not in IMAGE_MEMBERS}
     return key if uid == key else uid, members, fault  # one string object for equal key and uid
 
 
