@@ -57,19 +57,22 @@ def chunk_losses(
         columns: student features ``[C, D]``.
         scale: σ, a scalar.
         labels: column of each row's own pair, ``[R]``.
-        targets: the teachers' distribution ``[R, C]``; None if w₁ is 0.
+        targets: the teachers' distribution ``[R, C]``, changed in place; None if w₁ is 0.
         weights: (w₀, w₁).
 
     Returns:
         The weighted sums (contrastive, distill), two scalars.
     """
     log_p = Similarities.apply(scale * rows, columns).log_softmax(dim=1)
-    contrastive = distill = log_p.new_zeros(())
-    if weights[0]:
+    if targets is None:
         contrastive = weights[0] * F.nll_loss(log_p, labels, reduction="sum")
-    if targets is not None:
-        distill = -weights[1] * (targets * log_p).sum()
-    return contrastive, distill
+        return contrastive, torch.zeros_like(contrastive)
+    # Both terms are cross entropies, so they share one product: w₁ P + w₀ on the diagonal.
+    diagonal = torch.arange(len(rows), device=rows.device), labels
+    targets[diagonal] += weights[0] / weights[1]
+    both = -weights[1] * (targets * log_p).sum()
+    contrastive = -weights[0] * log_p.detach()[diagonal].sum()
+    return contrastive, both - contrastive
 
 
 class Similarities(torch.autograd.Function):
