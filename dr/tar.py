@@ -342,14 +342,15 @@ def read_sizes(folder: str) -> dict[str, int]:
     """
     path = os.path.join(folder, SIZES)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             sizes = json.load(file)
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(sizes, dict) or not all(
-        isinstance(size, int) and size >= 0 for size in sizes.values()
+        isinstance(size, int) and not isinstance(size, bool) and size >= 0
+        for size in sizes.values()
     ):
         raise ValueError(f"{path}: expected an object with the number of samples of each shard")
     return sizes

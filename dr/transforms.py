@@ -437,6 +437,52 @@ def to_normalized(images: torch.Tensor, statistics: torch.Tensor) -> torch.Tenso
     return images.sub(mean).div(std)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _are(values: Any, test: Callable[[Any], bool], *lengths: int) -> bool:
+    """Whether this is a list of such values, of one of these lengths; none: of any."""
+    is_list = isinstance(values, (list, tuple))
+    return is_list and (not lengths or len(values) in lengths) and all(map(test, values))
+
+
+# What an argument in a config may be: a test, and words for it.
+_MODES = [mode.value for mode in InterpolationMode]
+_SWITCH: tuple[Callable[[Any], bool], str] = (lambda v: isinstance(v, bool), "true or false")
+_COUNT: tuple[Callable[[Any], bool], str] = (lambda v: _is_whole(v, 0), "a whole number")
+_PAIR: tuple[Callable[[Any], bool], str] = (lambda v: _are(v, _is_number, 2), "two numbers")
+_CHANNELS: tuple[Callable[[Any], bool], str] = (lambda v: _are(v, _is_number), "a list of numbers")
+_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("enable", "antialias", "inplace", "pad_if_needed"), _SWITCH),
+    **dict.fromkeys(("num_ops", "magnitude", "num_magnitude_bins"), _COUNT),
+    **dict.fromkeys(("scale", "ratio"), _PAIR),
+    **dict.fromkeys(("mean", "std"), _CHANNELS),
+    "size": (
+        lambda v: _is_whole(v, 1) or _are(v, lambda side: _is_whole(side, 1), 1, 2),
+        "pixels, or [height, width]",
+    ),
+    "max_size": (lambda v: v is None or _is_whole(v, 1), "pixels, or null"),
+    "interpolation": (lambda v: v in _MODES, f"one of {', '.join(_MODES)}"),
+    "p": (lambda v: _is_number(v) and 0 <= v <= 1, "a probability, 0 to 1"),
+    "padding": (
+        lambda v: v is None or _is_whole(v, 0) or _are(v, lambda side: _is_whole(side, 0), 1, 2, 4),
+        "pixels, a list of them, or null",
+    ),
+}
+
+
+def _check_argument(name: str, argument: str, value: Any) -> None:
+    """Raise ValueError if an argument of a transform in a config has the wrong type."""
+    test, expected = _ARGUMENTS.get(argument, (lambda value: True, ""))
+    if not test(value):
+        raise ValueError(f"{name}: {argument}: expected {expected}, found {str(value)[:200]!r}")
+
+
 def _as_lists(value: Any) -> Any:
     return [_as_lists(v) for v in value] if isinstance(value, tuple) else value
 
@@ -461,7 +507,12 @@ def compose_from_config(config: dict) -> Compose:
         )
     transforms = {}
     for name, transform in TRANSFORMS.items():
-        arguments = dict(config.get(name, {"enable": False}))
+        arguments = config.get(name, {"enable": False})
+        if not isinstance(arguments, dict):
+            raise ValueError(f"{name}: expected an object, found {arguments!r}")
+        for argument, value in arguments.items():
+            _check_argument(name, argument, value)
+        arguments = dict(arguments)
         if not arguments.pop("enable", True):
             continue
         fields = [field.name for field in dataclasses.fields(transform)]

@@ -63,7 +63,7 @@ from typing import Any, BinaryIO
 from lib.pool import run_all
 from lib.publish import publish, publish_json, remove_leftovers
 from lib.report import describe_error, format_table, run_command
-from lib.shards import MAX_NAME, ShardError, Source, check_names, expand_braces, open_files
+from lib.shards import MAX_NAME, ShardError, Source, choose_shards, find_files, open_files
 from lib.tar_writer import write_tar
 from tqdm import tqdm
 
@@ -199,8 +199,13 @@ def list_uids(name: str, source: Source, output: Path) -> Result:
 # --- stage 2: join --------------------------------------------------------------------------------
 def find_metadata(pattern: str) -> list[Path]:
     path = Path(pattern)
-    found = path.rglob("*.parquet") if path.is_dir() else glob.glob(pattern, recursive=True)
-    files = sorted(Path(file) for file in found if os.path.isfile(file))
+    if path.is_dir():
+        found = [str(path / name) for name in find_files(path, ".parquet")]
+    else:
+        found = sorted(glob.glob(pattern, recursive=True))
+    # once each, even if links lead to it in several ways
+    once = {os.path.realpath(file): Path(file) for file in reversed(found) if os.path.isfile(file)}
+    files = sorted(once.values())
     if not files:
         raise SystemExit(
             f"--metadata {pattern}: no parquet files there; give a folder, or a pattern in quotes"
@@ -536,10 +541,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     source = Source.parse(args.shards_of, "--shards-of")
     source.check_output(args.output, "--shards-of")
-    names = expand_braces(args.shards) if args.shards else source.shards()
-    if not names:
-        raise SystemExit(f"no shards (*.tar) in {source.folder}")
-    check_names(names)
+    names = choose_shards(source, args.shards, "--shards-of", args.output)
     with duckdb_errors_in_one_line():
         files = find_metadata(args.metadata)
         rows = count_rows(files)

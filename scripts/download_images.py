@@ -70,6 +70,7 @@ from lib.shards import (
     Source,
     check_names,
     expand_braces,
+    find_files,
     open_files,
     read_contents,
     read_json_object,
@@ -170,7 +171,7 @@ def write_list(
     try:
         contents = source.contents(name)
         embedded = reinforcements.contents(name) if reinforcements else None
-        rows, without_url = [], 0
+        rows, without_url, unusable = [], 0, len(contents.refused)
         for uid, members in contents.samples.items():
             if uid in contents.refused:
                 continue
@@ -179,15 +180,22 @@ def write_list(
             if not url:
                 without_url += 1
                 continue
+            try:
+                text = url.decode("utf-8-sig").strip()
+            except UnicodeDecodeError:
+                unusable += 1
+                continue
             sha256 = (read_sha256(embedded, uid) or read_sha256(contents, uid)) if verify else None
-            rows.append((uid, url.decode("utf-8", "replace"), sha256))
+            rows.append((uid, text, sha256))
         if not rows:
-            raise ShardError("has no addresses (url.txt)")
+            raise ShardError(
+                f"has no addresses (url.txt): {without_url} samples without, {unusable} unusable"
+            )
         columns = dict(zip(("uid", "url", "expected_sha256"), zip(*rows, strict=True), strict=True))
         schema = pyarrow.schema([(column, pyarrow.string()) for column in columns])
         parquet.write_table(pyarrow.table(columns, schema), path)
         counts = {"listed": len(rows), "without_url": without_url}
-        return {"name": name, **counts, "unusable": len(contents.refused)}
+        return {"name": name, **counts, "unusable": unusable}
     except Exception as error:  # whatever a stranger's shard causes: the others go on
         return {"name": name, "error": printable(describe_error(error), 300)}
     finally:
@@ -460,10 +468,10 @@ def make_report(output: Path) -> dict[str, Any]:
     """The counts of all finished shards in the output folder, also those of other runs."""
     report: dict[str, Any] = {"shards": 0, "samples": 0, "outcomes": Counter()}
     report |= {"without_url": 0, "unusable": 0, "unverified": 0}
-    for path in sorted(output.rglob("*_stats.json")):
+    for name in find_files(output, "_stats.json"):
+        path = output / name
         files = ShardFiles.of(path.with_name(f"{path.name.removesuffix('_stats.json')}.tar"))
-        hidden = any(part.startswith(".") for part in path.relative_to(output).parts)
-        if hidden or not files.exist():
+        if not files.exist():
             continue
         try:
             stats = json.loads(path.read_text())
@@ -488,7 +496,7 @@ def format_report(report: dict[str, Any], output: Path) -> str:
     rows = [(labels.get(name, name), report["outcomes"][name]) for name in OUTCOMES]
     for label, count in (
         ("without an address in the shard", report["without_url"]),
-        ("unusable in the shard (uid, json or name)", report["unusable"]),
+        ("unusable in the shard (uid, json, name or address)", report["unusable"]),
         ("downloaded, no sha256 to compare", report["unverified"]),
     ):
         if count:

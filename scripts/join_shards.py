@@ -74,8 +74,8 @@ from lib.shards import (
     ShardError,
     Source,
     Span,
-    check_names,
-    expand_braces,
+    choose_shards,
+    find_files,
     open_files,
     read_contents,
     read_json_object,
@@ -261,6 +261,9 @@ class Join:
         """
         shard, damage = self.output / name, None
         try:
+            for source in self.sources:
+                if isinstance(source, Source) and source.holds(name, shard):
+                    raise ShardError(f"is itself the shard in the source {source.folder}")
             record = read_record(shard)
             if record and self._is_up_to_date(name, record):
                 damage = self._find_damage(name, record) if self.recheck else None
@@ -373,6 +376,8 @@ def new_report() -> dict[str, Any]:
         "seconds": 0,
         "failed": {},
         "unusable": {},
+        "source_shards": {},
+        "lacking_shards": {},
     }
 
 
@@ -406,7 +411,7 @@ def merge_reports(output: Path) -> dict[str, Any]:
             add_to_report(report, json.loads(path.read_text()))
         else:
             missing.append(path.stem)
-    write_sizes({path.parent.parent for path in output.rglob(".joined/*.tar.json")})
+    write_sizes({(output / name).parent for name in find_files(output, "")})
     return {"tasks": count, "without_report": missing, **report}
 
 
@@ -421,6 +426,8 @@ def format_report(report: dict[str, Any]) -> str:
         rows.append(("members with unknown extensions", report["unknown"]))
     for state, number in sorted(report["shards"].items(), reverse=True):
         rows.append((f"shards {state}", number))
+    for source, number in report["lacking_shards"].items():
+        rows.append((f"shards that others have, not in {printable(source)}", number))
     if report["unusable"]:
         rows.append(("unaligned shards that can't be read", len(report["unusable"])))
     speed = report["bytes_joined_now"] / 1e9 / max(report["seconds"], 1e-9)
@@ -503,14 +510,44 @@ def open_sources(args: argparse.Namespace) -> list[AnySource]:
 def choose_names(args: argparse.Namespace, sources: Sequence[AnySource]) -> list[str]:
     """The names of the shards to join; exits with a line if there are none."""
     last = [source for source in sources if isinstance(source, Source)][-1]
-    names = expand_braces(args.shards) if args.shards else last.shards()
-    if not names:
-        raise SystemExit(
-            f"no shards (*.tar) in {last.folder}, the last --source: name them with --shards"
-        )
-    check_names(names)
+    names = choose_shards(last, args.shards, "the last --source", args.output)
     check_parts(names, sources, args.require)
     return names
+
+
+def count_shards(
+    args: argparse.Namespace, sources: Sequence[AnySource], names: Sequence[str]
+) -> dict[str, Any]:
+    """Print how many shards each source has, and which lack some that others have.
+
+    Returns:
+        ``source_shards`` and ``lacking_shards`` of the report: numbers by source.
+    """
+    found = [
+        {name for name in source.shards() if source.stamp(name)}
+        for source in (Source.parse(text) for text, _ in args.sources)
+    ]
+    texts = [text for text, _ in args.sources]
+    counts, lacking = dict[str, int](), dict[str, int]()
+    for text, shards in zip(texts, found, strict=True):
+        counts[text] = len(shards)
+        print(f"{len(shards):,} shards in {text}")
+    aligned = [place for place, source in enumerate(sources) if isinstance(source, Source)]
+    everywhere = set(names).union(*(found[place] for place in aligned if not args.shards))
+    for place in aligned:
+        if lacks := sorted(everywhere - found[place]):
+            lacking[texts[place]] = len(lacks)
+            print(
+                f"{len(lacks):,} shards that others have are not in {texts[place]}, the first is "
+                f"{printable(lacks[0])}"
+            )
+    if skipped := sorted(everywhere.difference(names)):
+        print(
+            f"{len(skipped):,} shards are not joined, because the last --source lacks them, the "
+            f"first is {printable(skipped[0])}"
+        )
+    sys.stdout.flush()
+    return {"source_shards": counts, "lacking_shards": lacking}
 
 
 def check_parts(names: Sequence[str], sources: Sequence[AnySource], require: Sequence[str]) -> None:
@@ -606,6 +643,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exit_if_incomplete(report)
         return
     names = choose_names(args, sources)
+    report |= count_shards(args, sources, names)
 
     task_report = report_path(args.output, args.task_index, args.task_count)
     task_report.unlink(missing_ok=True)  # of an earlier run

@@ -12,6 +12,11 @@ names or model config files; OpenCLIP tags or checkpoint files), the number of a
 (`num_samples`), and the augmentation. Synthetic captions are lines of JSON:
 `{"uid": …, "syn_text": [str, …]}`. Teachers run in float32 unless --precision says otherwise.
 
+Skipped, and counted by reason: samples that lack an image, a caption or synthetic captions, or
+whose image, json or uid cannot be used. Blank synthetic captions are not stored. A shard fails,
+with one line, if it is damaged or cut off, or none of its samples is left. The other shards are
+reinforced, and the exit status is 1.
+
 Under torchrun the ranks share the shards. A shard gets its name when it is complete, so the command
 can be run again: finished shards are skipped. The augmentations of a sample depend only on --seed
 and its uid.
@@ -29,16 +34,20 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from lib.captions import read_synthetic_captions
+from lib.config import ReinforcementConfig, read_config
 from lib.publish import publish, publish_json, remove_leftovers
 from lib.report import printable, run_command
-from lib.shards import ShardError, expand_braces
+from lib.shards import MAX_NAME, ShardError, expand_braces, parse_json_object, parse_uid
 from lib.tar_writer import write_tar
-from lib.teachers import Teacher, compose_without_normalization, named_teachers
+from lib.teachers import Teacher
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
@@ -46,12 +55,13 @@ from dr.sample import (
     IMAGE_MEMBERS,
     PLAIN_MEMBERS,
     BadSample,
+    bound_caption,
     caption,
+    check_members,
     decode_image,
     first_member,
-    missing,
 )
-from dr.tar import read_samples
+from dr.tar import Members, read_samples
 from dr.transforms import Compose
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -89,31 +99,39 @@ class AugmentedShard(IterableDataset):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         try:
             with open(self.shard, "rb") as file:
-                samples = read_samples(file, READ_MEMBERS.__contains__)
+                samples = read_samples(file, READ_MEMBERS.__contains__, whole=True)
                 for index, (key, members) in enumerate(samples):
                     if index % step == first:
                         try:
                             yield self.augment(key, members)
                         except BadSample as error:
-                            yield {"uid": key, "skipped": error.reason}
-        except tarfile.TarError as error:  # a DataLoader's worker would add its traceback
+                            yield {"uid": key, "skipped": error.reason, "detail": str(error)}
+        except (tarfile.TarError, OSError) as error:  # a worker would add its traceback
             yield {"damage": str(error)}
 
-    def augment(self, key: str, members: dict[str, bytes]) -> Sample:
+    def augment(self, key: str, members: Members[bytes]) -> Sample:
         """Draw the augmentations of a sample, and apply them.
 
         Raises:
             BadSample: it lacks something, or has something unreadable.
         """
-        for lack in missing(members, PLAIN_MEMBERS):
-            raise BadSample(lack)
+        check_members(members, PLAIN_MEMBERS)
         try:
-            about = json.loads(members.get("json", b"{}"))
-            uid = about.get("uid", key)
-        except (ValueError, AttributeError, RecursionError) as error:
+            about = parse_json_object(members.get("json", b"{}"))
+        except (ValueError, RecursionError) as error:
             raise BadSample("unreadable json", error) from error
-        if not isinstance(uid, str) or uid not in self.synthetic:
+        try:
+            uid = parse_uid(about.get("uid", key.removeprefix("./")))
+        except ValueError as error:
+            raise BadSample(str(error)) from error
+        if len(os.fsencode(f"{uid}.paug.json")) > MAX_NAME:
+            raise BadSample(f"a name of over {MAX_NAME} bytes")
+        if uid not in self.synthetic:
             raise BadSample("no synthetic captions")
+        synthetic = [bound_caption(text) for text in self.synthetic[uid]]
+        if not synthetic:
+            raise BadSample("no usable synthetic caption", "the list is empty, or all are blank")
+        sha256 = about.get("sha256")
         _, image = first_member(members, IMAGE_MEMBERS)
         img = decode_image(members)
         digest = hashlib.sha256(f"{self.seed} {uid}".encode()).digest()
@@ -121,11 +139,11 @@ class AugmentedShard(IterableDataset):
         drawn = [self.compose(img) for _ in range(self.augmentations)]
         return {
             "uid": uid,
-            "sha256": about.get("sha256", hashlib.sha256(image).hexdigest()),
+            "sha256": sha256 if isinstance(sha256, str) else hashlib.sha256(image).hexdigest(),
             "url": members.get("url.txt"),
             "images": torch.stack([image for image, _ in drawn]),
             "params": [self.compose.compress(params) for _, params in drawn],
-            "captions": [caption(members), *self.synthetic[uid]],
+            "captions": [caption(members), *synthetic],
         }
 
 
@@ -173,14 +191,20 @@ def make_batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]
 def skip_bad_samples(
     samples: Iterable[Sample], shard: str, skipped: Counter[str]
 ) -> Iterator[Sample]:
+    """Yield the usable samples, and count the others; raises ShardError if the shard is damaged."""
+    seen = set[str]()
     for sample in samples:
         if "damage" in sample:
-            raise ShardError(f"{shard} is not a whole tar: {sample['damage']}")
+            raise ShardError(f"not a whole tar: {sample['damage']}")
+        if "skipped" not in sample and sample["uid"] in seen:
+            reason = "a uid twice in one shard"
+            sample = {"uid": sample["uid"], "skipped": reason, "detail": reason}
         if "skipped" in sample:
             skipped[sample["skipped"]] += 1
-            uid = printable(sample["uid"])
-            print(f"warning: skipped sample {uid} of {shard}: {sample['skipped']}", file=sys.stderr)
+            uid, detail = printable(sample["uid"]), printable(sample["detail"], 1000)
+            print(f"warning: skipped sample {uid} of {shard}: {detail}", file=sys.stderr)
         else:
+            seen.add(sample["uid"])
             yield sample
 
 
@@ -207,20 +231,44 @@ def reinforce_shard(
     args: argparse.Namespace,
     skipped: Counter[str],
 ) -> int:
-    """Write one shard, and count the skipped samples by reason; returns how many were written."""
+    """Write one shard, and count the skipped samples by reason; returns how many were written.
+
+    Raises:
+        ShardError: the shard is damaged, or no sample is left. Nothing was written.
+    """
+    lost = Counter[str]()
     loader = DataLoader(dataset, batch_size=None, num_workers=args.workers)
-    usable = skip_bad_samples(loader, dataset.shard, skipped)
+    usable = skip_bad_samples(loader, dataset.shard, lost)
     samples = embed_samples(usable, teachers, args.batch_size, args.format == "pth.gz")
+
+    def write(file: BinaryIO) -> int:
+        written = write_tar(file, samples)
+        if not written:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in lost.items())
+            raise ShardError(f"no sample would be left: {reasons or 'the shard is empty'}")
+        return written
+
     remove_leftovers(output)
-    return publish(output, lambda file: write_tar(file, samples))
+    try:
+        return publish(output, write)
+    finally:
+        skipped.update(lost)
 
 
-def check_settings(args: argparse.Namespace, config: dict[str, Any]) -> None:
+def wait_for_other_ranks() -> None:
+    """Under torchrun, wait until all ranks are done: one that fails would end the others."""
+    if dist.is_torchelastic_launched() and WORLD_SIZE > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def check_settings(args: argparse.Namespace, config: ReinforcementConfig) -> None:
     """Record how the shards are made; exits with a line if the folder's were made otherwise."""
-    named = [name for pair in named_teachers(config, args.config) for name in pair]
+    named = [name for pair in config.teachers for name in pair]
     files = [str(args.synthetic_captions), *filter(os.path.isfile, named)]
     settings = {
-        "config": config,
+        "config": config.fields,
         "format": args.format,
         "precision": args.precision,
         "seed": args.seed,
@@ -235,8 +283,9 @@ def check_settings(args: argparse.Namespace, config: dict[str, Any]) -> None:
     publish_json(recorded, settings)
 
 
-def find_shards(pattern: str) -> list[str]:
-    """The input shards; exits with a line if some are missing or have the same name."""
+def find_shards(pattern: str, output: Path) -> list[str]:
+    """The input shards; exits with a line if some are missing, have the same name, or are the
+    output's."""
     shards = expand_braces(pattern)
     absent = [shard for shard in shards if not os.path.isfile(shard)]
     if absent:
@@ -249,6 +298,11 @@ def find_shards(pattern: str) -> list[str]:
             "error: --input names several shards of one file name: reinforce each folder into an "
             "--output of its own"
         )
+    for shard in shards:
+        if os.path.realpath(shard) == os.path.realpath(output / os.path.basename(shard)):
+            raise SystemExit(
+                f"error: --output {output} is the folder of --input {shard}: choose another folder"
+            )
     return shards
 
 
@@ -272,36 +326,54 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=0, help=text)
     text = "seed of the augmentations; default %(default)s"
     add("--seed", type=int, default=0, help=text)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    for option, least in (("batch_size", 1), ("workers", 0)):
+        if (value := getattr(args, option)) < least:
+            parser.error(f"--{option.replace('_', '-')} {value}: expected at least {least}")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    config = json.loads(args.config.read_text())
-    named, compose = named_teachers(config, args.config), compose_without_normalization(config)
-    with open(args.synthetic_captions) as lines:
-        synthetic = {record["uid"]: record["syn_text"] for record in map(json.loads, lines)}
+    config = read_config(args.config)
+    config.need("model_name", "pretrained", "num_samples")
+    compose, augmentations = config.without_normalization(), config.augmentations
+    synthetic, blank = read_synthetic_captions(args.synthetic_captions)
+    if blank and RANK == 0:
+        print(f"warning: {args.synthetic_captions}: {blank} captions are blank", file=sys.stderr)
+    own = find_shards(args.input, args.output)[RANK::WORLD_SIZE]
     check_settings(args, config)
 
-    own = find_shards(args.input)[RANK::WORLD_SIZE]
     outputs = {shard: args.output / os.path.basename(shard) for shard in own}
     todo = [shard for shard in own if not outputs[shard].exists()]
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(gpu if torch.cuda.is_available() else "cpu")
-    teachers = [Teacher(*teacher, device, args.precision) for teacher in named] if todo else []
+    teachers = [Teacher(*teacher, device, args.precision) for teacher in config.teachers if todo]
     for teacher in teachers:
-        teacher.check_crop(compose, args.config)
+        teacher.check_crop(config)
 
-    skipped, written = Counter[str](), 0
+    skipped, written, failed = Counter[str](), 0, dict[str, str]()
     bar = tqdm(todo, f"reinforce (rank {RANK})", unit="shard", disable=None if RANK == 0 else True)
     for shard in bar:
-        dataset = AugmentedShard(shard, compose, config["num_samples"], synthetic, args.seed)
-        written += reinforce_shard(dataset, outputs[shard], teachers, args, skipped)
+        dataset = AugmentedShard(shard, compose, augmentations, synthetic, args.seed)
+        try:
+            written += reinforce_shard(dataset, outputs[shard], teachers, args, skipped)
+        except ShardError as error:
+            failed[shard] = printable(error, 1000)
+            bar.write(f"{shard}: failed: {failed[shard]}", file=sys.stderr)
     reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
     print(
-        f"rank {RANK}: {len(todo)} shards reinforced, {written} samples"
+        f"rank {RANK}: {len(todo) - len(failed)} shards reinforced, {written} samples"
         + (f"; skipped: {reasons}" if reasons else "")
     )
+    sys.stdout.flush()
+    wait_for_other_ranks()
+    if failed:
+        shard, reason = next(iter(failed.items()))
+        raise SystemExit(
+            f"error: rank {RANK}: {len(failed)} of {len(todo)} shards failed, the first is "
+            f"{shard}: {reason}; run it again when they are fixed"
+        )
 
 
 if __name__ == "__main__":

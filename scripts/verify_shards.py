@@ -28,7 +28,6 @@ Does not detect a uid in several shards, or captions that do not describe their 
 import argparse
 import hashlib
 import heapq
-import json
 import multiprocessing
 import os
 import tarfile
@@ -39,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
-from lib import ROOT
+from lib.config import DEFAULT_CONFIG, ReinforcementConfig, read_config
 from lib.pool import run_all
 from lib.publish import publish_json
 from lib.report import printable, run_command
@@ -65,7 +64,6 @@ from dr.transforms import Compose, compose_from_config
 if TYPE_CHECKING:
     from lib.teachers import Teacher
 
-CONFIG = ROOT / "configs" / "datacompdr12m.json"
 MAX_MEMBER = MAX_INFLATED  # bytes of a member as stored; larger ones are not read
 UNIT_TOLERANCE = {torch.bfloat16: 1e-2}  # bfloat16 has 8 bits
 DEFAULT_UNIT_TOLERANCE = 1e-3
@@ -260,23 +258,17 @@ class ShardVerifier:
 
 
 # --- the teachers ---------------------------------------------------------------------------------
-def load_teachers(
-    config: dict[str, Any], where: Path, named: list[tuple[str, str]], compose: Compose
-) -> list["Teacher"]:
+def load_teachers(config: ReinforcementConfig, named: list[tuple[str, str]]) -> list["Teacher"]:
     """The named teachers, or those of the config; exits with a line if one cannot be loaded."""
-    from lib.teachers import Teacher, named_teachers  # OpenCLIP takes seconds and 200 MB
+    from lib.teachers import Teacher  # OpenCLIP takes seconds and 200 MB
 
+    if not named:
+        config.need("model_name", "pretrained")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teachers = []
-    for model, weights in named or named_teachers(config, where):
-        try:
-            teacher = Teacher(model, weights, device, "fp32")
-        except Exception as error:  # of any kind: OpenCLIP's, the Hub's, or torch's
-            line = printable(str(error).partition("\n")[0])
-            raise SystemExit(
-                f"the teacher {model} {weights} can't be loaded: {type(error).__name__}: {line}"
-            ) from None
-        teacher.check_crop(compose, where)
+    for model, weights in named or config.teachers:
+        teacher = Teacher(model, weights, device, "fp32")
+        teacher.check_crop(config)
         teachers.append(teacher)
     return teachers
 
@@ -465,18 +457,6 @@ def read_sizes_or_exit(folder: Path) -> dict[str, int]:
         raise SystemExit(f"{error}; run the join again, or remove the file") from None
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], Compose]:
-    """A reinforcement config, and its augmentation."""
-    try:
-        config = json.loads(path.read_text())
-        return config, compose_from_config(config["reinforce"]["image_augmentation"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(
-            f"--config {path} is no reinforcement config: {type(error).__name__}: {error}; see "
-            f"configs/{CONFIG.name}"
-        ) from None
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -484,8 +464,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     text = "folder of joined shards, or a pattern such as 'DIR/{00000000..00001023}.tar'"
     add("shards", nargs="+", metavar="SHARDS", help=text)
-    text = f"config that the set was reinforced with; default configs/{CONFIG.name}"
-    add("--config", type=Path, default=CONFIG, help=text)
+    text = f"config that the set was reinforced with; default configs/{DEFAULT_CONFIG.name}"
+    add("--config", type=Path, default=DEFAULT_CONFIG, help=text)
     some = parser.add_mutually_exclusive_group()
     text = "read this share of the samples, for example 0.01"
     some.add_argument("--part", type=float, metavar="SHARE", help=text)
@@ -523,7 +503,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def choose_teachers(
-    args: argparse.Namespace, config: dict[str, Any], compose: Compose
+    args: argparse.Namespace, config: ReinforcementConfig
 ) -> tuple[list["Teacher"], list[int]]:
     """The teachers to compare with (none without --teachers), and the widths of the blocks."""
     if args.teachers is None:
@@ -531,13 +511,9 @@ def choose_teachers(
             return [], args.teacher_dimension
         from lib.teachers import teacher_dimensions
 
-        return [], teacher_dimensions(config, args.config)
-    if "random_resized_crop" not in compose.transforms:
-        raise SystemExit(
-            f"--config {args.config}: --teachers needs a random_resized_crop of the teachers' size"
-        )
+        return [], teacher_dimensions(config)
     named = list(zip(args.teachers[::2], args.teachers[1::2], strict=True))
-    teachers = load_teachers(config, args.config, named, compose)
+    teachers = load_teachers(config, named)
     dimensions = [teacher.measure_dimension() for teacher in teachers]
     if args.teacher_dimension not in (None, dimensions):
         raise SystemExit(
@@ -548,12 +524,13 @@ def choose_teachers(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    config, compose = read_config(args.config)
+    config = read_config(args.config)
     shards = find_shards(args.shards)
-    teachers, dimensions = choose_teachers(args, config, compose)
+    teachers, dimensions = choose_teachers(args, config)
     keep = args.embed if teachers else 0
-    steps = config["reinforce"]["image_augmentation"]
-    verify = ShardVerifier(steps, dimensions, args.seed, args.part, args.samples, keep)
+    verify = ShardVerifier(
+        config.augmentation, dimensions, args.seed, args.part, args.samples, keep
+    )
     found = run_all(verify, shards, args.workers)
     results = list(tqdm(found, desc="verify", total=len(shards), unit=" shards"))
     report = merge_results(results)
@@ -561,11 +538,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [(shard, sample) for _, shard, sample in heapq.nsmallest(args.embed, good)]
     report["teachers"] = []
     if chosen:
-        from lib.teachers import compose_without_normalization
-
-        compose = compose_without_normalization(config)
+        views = config.without_normalization()
         report["teachers"] = compare_embeddings(
-            chosen, teachers, dimensions, compose, args.min_cosine
+            chosen, teachers, dimensions, views, args.min_cosine
         )
     problems = find_problems(report, args)
     print(format_report(report))

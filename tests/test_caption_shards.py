@@ -288,6 +288,20 @@ def test_patterns_and_names_choose_files_and_shards(folders):
 # a large set
 
 
+def test_linked_folders_are_followed_and_files_are_read_once(folders, tmp_path):
+    folders.write_three()
+    expected = folders.run()["samples"]
+    (folders.metadata / "more").rename(tmp_path / "elsewhere")
+    (folders.metadata / "more").symlink_to(tmp_path / "elsewhere")
+    (folders.metadata / "a again.parquet").symlink_to(folders.metadata / "a.parquet")
+    report = folders.run()
+    assert report["samples"] == expected and "duplicates in the metadata" not in report["counts"]
+    (folders.metadata / "loop").symlink_to(folders.metadata)
+    pattern = ["--metadata", f"{folders.metadata}/**/*.parquet"]
+    assert folders.run(*pattern)["samples"] == expected
+    folders.run_failing(expected="loop is a link to")
+
+
 @pytest.mark.slow
 def test_join_of_more_than_the_memory_spills_and_stays_within_it(folders):
     samples, shards, memory = 800_000, 10, 200 * 10**6

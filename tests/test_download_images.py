@@ -498,7 +498,9 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
     about = {"sha256": hashlib.sha256(body).hexdigest()}
     samples = [sample(uid(i), json.dumps({"uid": uid(i), **about}).encode()) for i in range(2)]
     samples.append(sample(uid(2), b'{"sha256": "\\ud800"}'))
+    samples[0][1]["url.txt"] = b"\xef\xbb\xbf " + url + b"\r\n"  # a byte order mark
     bad = [sample("a", b'{"uid": "\\ud800"}'), sample("b", b"["), sample("c", b"[" * 200_000)]
+    bad += [(uid(4), {"url.txt": url + b"\xff"}), (uid(5), {"url.txt": b" \n"})]
     write_shard(
         folders.captions / "00000000.tar", [*samples, *bad, (uid(3), {"txt": b"no address"})]
     )
@@ -512,11 +514,11 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
     assert [report[count] for count in ("samples", "unverified", "unusable", "without_url")] == [
         3,
         1,
-        3,
-        1,
+        4,
+        2,
     ]
-    assert re.search(r"^without an address in the shard +1 ", done.stdout, re.MULTILINE)
-    assert re.search(r"^unusable in the shard .* 3 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^without an address in the shard +2 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^unusable in the shard .* 4 ", done.stdout, re.MULTILINE)
     assert not any((folders.images / ".img2dataset").iterdir())
 
     # what img2dataset itself made isn't taken for this script's

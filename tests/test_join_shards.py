@@ -1073,6 +1073,9 @@ def test_forgotten_source_is_an_error_that_says_what_gets_it(folders, forgotten,
         (["--source", "."], "inside"),
         (["--shards", "../{0..3}.tar"], "relative"),
         (["--shards", "{0..3.tar"], "no brace pattern"),
+        (["--shards", "{8..9}.tar"], r"none of these 2 shards is in .*dr, the last --source"),
+        (["--shards", "*.tar"], "expected a brace pattern"),
+        (["--source", __file__], "expected a folder, a tar, or a brace pattern"),
         (["--require", "video"], None),
         (["--workers", "0"], None),
         (["--task-index", "2", "--task-count", "2"], None),
@@ -1087,6 +1090,129 @@ def test_wrong_options_are_refused(folders, more, message, monkeypatch):
     with pytest.raises(SystemExit, match=message):
         folders.join(*more)
     assert not folders.output.exists()
+
+
+# links
+
+
+def link_away(folder, name, elsewhere):
+    """Move a sub-folder to another place, and put a link there."""
+    elsewhere.mkdir(parents=True, exist_ok=True)
+    (folder / name).rename(elsewhere / name)
+    (folder / name).symlink_to(elsewhere / name)
+
+
+def test_linked_folders_are_followed_and_the_shards_of_each_source_counted(
+    folders, tmp_path, capsys
+):
+    names = [f"0{number}/00000000.tar" for number in range(3)]
+    for name, uid in zip(names, (A, B, C), strict=True):
+        folders.write(name, uids=(uid,))
+    expected = folders.join()["samples"], read_tars(folders.output)
+    for source in (folders.captions, folders.images, folders.reinforcements):
+        link_away(source, "02", tmp_path / "other disk" / source.name)
+    link_away(folders.output, "01", tmp_path / "other disk" / "output")
+    shutil.rmtree(folders.output / "02")
+    capsys.readouterr()
+    report = folders.join()
+    assert (report["samples"], {n: (folders.output / n).read_bytes() for n in names}) == expected
+    assert report["source_shards"] == {
+        str(source): 3 for source in (folders.captions, folders.images, folders.reinforcements)
+    }
+    assert f"3 shards in {folders.images}\n" in capsys.readouterr().out
+    folders.join("--task-index", 0, "--task-count", 2)
+    (folders.output / "01" / "sizes.json").unlink()
+    folders.join("--task-index", 1, "--task-count", 2)
+    join_shards.main(["--output", str(folders.output), "--report"])
+    assert [len(json.loads(path.read_text())) for path in folders.output.glob("*/sizes.json")] == [
+        1
+    ] * 3
+
+
+@pytest.mark.parametrize("lacks", ["captions", "images", "reinforcements"])
+def test_a_shard_that_one_source_lacks_is_reported(folders, lacks, capsys):
+    for name in ("00000000.tar", "00000001.tar", "00000002.tar"):
+        folders.write(name)
+    (getattr(folders, lacks) / "00000001.tar").unlink()
+    if lacks == "reinforcements":  # they name the shards to join
+        report = folders.join()
+        said = (
+            "1 shards are not joined, because the last --source lacks them, the first is 00000001"
+        )
+    else:
+        report, said = folders.join_failing(), "failed: not in the source"
+    out, err = capsys.readouterr()
+    folder = getattr(folders, lacks)
+    assert f"2 shards in {folder}\n" in out and said in out + err
+    assert f"1 shards that others have are not in {folder}, the first is 00000001.tar" in out
+    assert re.search(rf"shards that others have, not in {folder} +1\n", out)
+    assert report["lacking_shards"] == {str(folder): 1}
+    assert folders.join("--shards", "{00000000,00000002}.tar")["lacking_shards"] == {}
+
+
+@pytest.mark.parametrize("where", ["itself", "above", "beside each other"])
+def test_a_cycle_of_links_ends_with_a_line(folders, where, tmp_path):
+    folders.write()
+    if where == "beside each other":
+        for one, other in (("a", "b"), ("b", "a")):
+            (tmp_path / one).mkdir()
+            (tmp_path / one / "deeper").symlink_to(tmp_path / other)
+        (folders.images / "loop").symlink_to(tmp_path / "a")
+    else:
+        target = {"itself": folders.images, "above": folders.images.parent}[where]
+        (folders.images / "loop").symlink_to(target)
+    for option in ("--source", "--unaligned-source"):
+        with pytest.raises(
+            SystemExit, match=r"is a link to .*, a folder above it: remove the link"
+        ):
+            folders.join(option, folders.images)
+
+
+def test_a_link_that_leads_nowhere_is_not_passed_over(folders, tmp_path):
+    folders.write("00/00000000.tar")
+    (folders.images / "01").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(SystemExit, match=r"images/01 is a link to .*not mounted, which does not"):
+        folders.join()
+    (folders.images / "01").unlink()
+    (folders.images / "00" / "00000001.tar").symlink_to(tmp_path / "gone.tar")
+    (folders.images / ".lock").symlink_to(tmp_path / "of an editor")
+    folders.write("00/00000002.tar")
+    assert folders.join()["lacking_shards"] == {}  # nor do the others have it
+    (folders.reinforcements / "00" / "00000001.tar").symlink_to(tmp_path / "gone.tar")
+    assert list(folders.join_failing()["failed"]) == ["00/00000001.tar"]
+
+
+def test_a_folder_that_can_not_be_read_is_not_passed_over(folders, monkeypatch):
+    folders.write("00/00000000.tar")
+    (folders.images / "01").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("01"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    with pytest.raises(PermissionError, match="01"):
+        folders.join()
+
+
+def test_the_output_is_no_source_by_a_link_either(folders):
+    folders.write()
+    folders.join()
+    before = read_tars(folders.output)
+    (folders.images / "joined").symlink_to(folders.output)
+    with pytest.raises(SystemExit, match=r"images/joined is a link to .* the folder of --output"):
+        folders.join()
+    (folders.images / "joined").unlink()
+    (folders.images / "00000000.tar").unlink()
+    (folders.images / "00000000.tar").symlink_to(folders.output / "00000000.tar")
+    failed = folders.join_failing()["failed"]
+    assert failed == {
+        "00000000.tar": f"is itself the shard in the source {folders.images} (the"
+        " shard joined earlier, from other sources or settings, is still there)"
+    }
+    assert read_tars(folders.output) == before
 
 
 def test_output_over_a_source_is_refused(folders):

@@ -25,8 +25,10 @@ def fetch_image(members: dict[str, bytes]) -> bytes:
             changed; crop boxes and embeddings belong to no other image.
     """
     try:
-        url = members["url.txt"].decode().strip()
+        url = members["url.txt"].decode("utf-8-sig").strip()
         expected = json.loads(members["json"])["sha256"]
+        if not url or not isinstance(expected, str):
+            raise ValueError(f"address {url!r}, sha256 {expected!r}"[:200])
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         detail = f"{type(error).__name__}: {error}"
         raise BadSample("no image, and no address (url.txt) with sha256 (json)", detail) from error
@@ -37,7 +39,7 @@ def fetch_image(members: dict[str, bytes]) -> bytes:
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise BadSample("dead link", f"{url}: {str(error) or type(error).__name__}") from error
     found = hashlib.sha256(data).hexdigest()
-    if found != expected:
-        detail = f"{url}: found sha256 {found[:8]}…, expected {str(expected)[:8]}…"
+    if found != expected.lower():
+        detail = f"{url}: found sha256 {found[:8]}…, expected {expected[:8]}…"
         raise BadSample("changed image", detail)
     return data

@@ -1,6 +1,5 @@
-"""Reinforcement configs: how a data set was augmented, and which teachers embedded it."""
+"""What is stored with a reinforced sample, read by means of its config."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +11,14 @@ from dr.sample import (
     REINFORCED_MEMBERS,
     BadSample,
     augmentation_parameters,
+    check_members,
     embeddings,
-    missing,
     synthetic_captions,
 )
-from dr.transforms import Compose, compose_from_config
+from dr.transforms import Compose
 
-from .teachers import compose_without_normalization, named_teachers, teacher_dimensions
+from .config import read_config
+from .teachers import teacher_dimensions
 
 STORED = {
     name: REINFORCED_MEMBERS[name] for name in REINFORCED_MEMBERS if name not in PLAIN_MEMBERS
@@ -54,8 +54,7 @@ class Reinforcement(NamedTuple):
             BadSample: reinforcements are missing, or their embeddings are not those of the sample.
             SystemExit: the embeddings have another width: they are of other teachers.
         """
-        for absent in missing(members, STORED):
-            raise BadSample(absent)
+        check_members(members, STORED)
         stored = embeddings(members)
         rows = {
             "image_emb": len(augmentation_parameters(members)),
@@ -94,22 +93,18 @@ def read_reinforcement(path: Path, widths: list[int] | None = None) -> Reinforce
         SystemExit: it is not such a config, or does not fit ``widths``.
     """
     try:
-        config = json.loads(path.read_text())
-        compose = compose_from_config(config["reinforce"]["image_augmentation"])
-        views = compose_without_normalization(config)
-        named = named_teachers(config, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        config = read_config(path)
+    except OSError as error:
+        raise SystemExit(f"error: --config {path} cannot be used: {error}") from None
+    config.need("model_name", "pretrained")
+    widths = widths or teacher_dimensions(config)
+    if len(widths) != len(config.teachers):
         raise SystemExit(
-            f"error: --config {path} cannot be used: {type(error).__name__}: {error}"
-        ) from None
-    widths = widths or teacher_dimensions(config, path)
-    if len(widths) != len(named):
-        raise SystemExit(
-            f"error: --teacher-dimension has {len(widths)} widths, but {path} names {len(named)} "
-            "teachers"
+            f"error: --teacher-dimension has {len(widths)} widths, but {path} names "
+            f"{len(config.teachers)} teachers"
         )
     teachers = [
         f"teacher {k}: {Path(name).name.removesuffix('.json')}, {Path(weights).name}"
-        for k, (name, weights) in enumerate(named)
+        for k, (name, weights) in enumerate(config.teachers)
     ]
-    return Reinforcement(compose, views, teachers, widths)
+    return Reinforcement(config.compose, config.without_normalization(), teachers, widths)

@@ -271,12 +271,92 @@ def _identify(key: str, members: dict[str, Span]) -> tuple[str, dict[str, Span],
 
 
 # --- finding shards -------------------------------------------------------------------------------
+def find_files(folder: Path, suffix: str, output: Path | None = None) -> list[str]:
+    """The files below a folder whose names end with ``suffix``; links to folders are followed.
+
+    Args:
+        folder: where to search. Names that begin with a dot are ignored.
+        suffix: of the names.
+        output: a folder that must not be found below ``folder``.
+
+    Returns:
+        Paths relative to ``folder``, with /, sorted.
+
+    Raises:
+        SystemExit: a link leads nowhere, back to a folder above it, or to ``output``.
+        OSError: a folder cannot be read.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found = []
+    above = {str(folder): {os.path.realpath(folder)}}  # of each folder to visit, itself included
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        parents = above.pop(parent)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            path = os.path.join(parent, name)
+            real = os.path.realpath(path)
+            if real in parents or _is_inside(folder, real):
+                raise SystemExit(f"{path} is a link to {real}, a folder above it: remove the link")
+            if output is not None and _is_inside(output, real) and os.path.islink(path):
+                raise SystemExit(
+                    f"{path} is a link to {real}, which is the folder of --output {output}, or "
+                    "above it: remove the link, or choose another --output"
+                )
+            above[path] = parents | {real}
+            if suffix and name.endswith(suffix):  # a mistake, reported when it is read
+                found.append(Path(path).relative_to(folder).as_posix())
+        for name in files:
+            path = os.path.join(parent, name)
+            if name.startswith("."):
+                continue
+            if name.endswith(suffix):
+                found.append(Path(path).relative_to(folder).as_posix())
+            elif os.path.islink(path) and not os.path.exists(path):
+                raise SystemExit(
+                    f"{path} is a link to {os.readlink(path)}, which does not exist: is a disk not "
+                    "mounted? Or remove the link"
+                )
+    return sorted(found)
+
+
+def _is_inside(path: Path, folder: str) -> bool:
+    return os.path.commonpath([os.path.realpath(path), folder]) == folder
+
+
 def expand_braces(pattern: str) -> list[str]:
     """The names that a brace pattern such as ``{00000000..00000003}.tar`` stands for."""
     try:
         return list(dict.fromkeys(braceexpand(pattern)))
     except ValueError as error:
         raise SystemExit(f"{pattern} is no brace pattern: {error}") from None
+
+
+def choose_shards(source: "Source", pattern: str | None, option: str, output: Path) -> list[str]:
+    """The names of a source's shards, or those of a brace pattern that --shards gives.
+
+    Args:
+        source: whose shards.
+        pattern: of --shards, or None.
+        option: which gave the source.
+        output: where finished shards, which may have lost their source, are.
+
+    Raises:
+        SystemExit: there are none, or a name is not that of a tar below the source's folder.
+    """
+    names = expand_braces(pattern) if pattern else source.shards()
+    if not names:
+        raise SystemExit(f"no shards (*.tar) in {source.folder}, {option}")
+    check_names(names)
+    if pattern and not any(source.stamp(name) or (output / name).exists() for name in names):
+        raise SystemExit(
+            f"--shards {pattern}: none of these {len(names)} shards is in {source.folder}, "
+            f"{option}; expected a brace pattern of their names, such as "
+            "'{00000000..00000007}.tar'"
+        )
+    return names
 
 
 def check_names(names: list[str]) -> None:
@@ -307,6 +387,10 @@ class Source(NamedTuple):
             return cls(Path(text), None)
         root = "/" if text.startswith("/") else "."
         folder = Path(text.partition("{")[0].rpartition("/")[0] or root)
+        if Path(text).exists() and not text.endswith(".tar"):
+            raise SystemExit(
+                f"{option} {text}: expected a folder, a tar, or a brace pattern of tars"
+            )
         if not folder.is_dir() or ("{" not in text and not Path(text).is_file()):
             raise SystemExit(f"{option} {text}: no such folder{hint}")
         paths = (Path(path) for path in expand_braces(text))
@@ -319,16 +403,13 @@ class Source(NamedTuple):
             raise SystemExit(
                 f"--output {output} is the folder of {option} or inside it: choose another folder"
             )
+        if self.names is None:
+            find_files(self.folder, ".tar", output)
 
     def shards(self) -> list[str]:
         if self.names is not None:
             return sorted(self.names)
-        found = (path.relative_to(self.folder) for path in self.folder.rglob("*.tar"))
-        return sorted(
-            path.as_posix()
-            for path in found
-            if not any(part.startswith(".") for part in path.parts)
-        )
+        return find_files(self.folder, ".tar")
 
     def path(self, name: str) -> Path:
         """Raises ShardError if the source does not have this shard."""
@@ -341,6 +422,11 @@ class Source(NamedTuple):
         """Size and time of change of a shard, for records; None if it does not exist."""
         path = self.folder / name
         return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+
+    def holds(self, name: str, path: Path) -> bool:
+        """Whether a path is a shard of the source, by a link."""
+        shard = self.folder / name
+        return path.exists() and shard.exists() and os.path.samefile(shard, path)
 
     def contents(self, name: str) -> Contents:
         with open(str(self.path(name)), "rb", buffering=HEADER_BUFFER) as file:

@@ -2,20 +2,25 @@
 
 import logging
 import os
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import open_clip
+import safetensors.torch
 import torch
 from torchvision.transforms import functional as F
 
 from dr import checkpoint
 from dr.params import register_model
-from dr.transforms import Compose, compose_from_config
+
+from .config import ReinforcementConfig
+from .report import printable
 
 
 class Teacher:
     """An OpenCLIP model that embeds images and captions, each to unit length.
+
+    Raises SystemExit if there is no such model, or its weights cannot be loaded.
 
     Args:
         name: OpenCLIP model name, or a model config file.
@@ -30,17 +35,16 @@ class Teacher:
     def __init__(self, name: str, pretrained: str, device: torch.device, precision: str) -> None:
         self.name, self.pretrained = name, pretrained
         self.device, self.autocast = device, precision == "bf16"
-        model_name = register_model(name)
-        if os.path.isfile(pretrained):
-            logging.disable(logging.WARNING)  # "no pretrained weights": they are loaded below
-            model = open_clip.create_model(model_name, device=device)
-            logging.disable(logging.NOTSET)
-            state = checkpoint.load(pretrained, map_location="cpu")
-            state = state.get("state_dict", state)
-            model.load_state_dict({key.removeprefix("module."): state[key] for key in state})
-        else:
-            model = open_clip.create_model(model_name, pretrained=pretrained, device=device)
-        self.model, self.tokenizer = model.eval(), open_clip.get_tokenizer(model_name)
+        try:
+            model_name, model = _create_model(name, pretrained, device)
+            self.tokenizer = open_clip.get_tokenizer(model_name)
+        except Exception as error:  # of any kind: OpenCLIP's, the Hub's, or torch's
+            line = printable(str(error).strip().partition("\n")[0], 600)
+            kind = "" if isinstance(error, _LoadError) else f"{type(error).__name__}: "
+            raise SystemExit(
+                f"error: the teacher {name} {pretrained} can't be loaded: {kind}{line}"
+            ) from None
+        self.model: Any = model.eval()
         preprocess = model.visual.preprocess_cfg
         self.mean, self.std = list(preprocess["mean"]), list(preprocess["std"])
         self.size: int | tuple[int, int] = preprocess["size"]
@@ -68,40 +72,107 @@ class Teacher:
         height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
         return self.embed(torch.zeros(1, 3, height, width), [""])[0].shape[1]
 
-    def check_crop(self, compose: Compose, where: Path) -> None:
-        """Exit with a line if the augmentation of config ``where`` gives images of another size."""
-        crop = compose.transforms["random_resized_crop"].size
+    def check_crop(self, config: ReinforcementConfig) -> None:
+        """Exit with a line if the augmentation gives something else than this teacher takes."""
+        for step in ("random_resized_crop", "to_tensor"):
+            if step not in config.compose.transforms:
+                raise SystemExit(
+                    f"error: --config {config.path}: the teachers need a {step} in the augmentation"
+                )
+        crop = config.compose.transforms["random_resized_crop"].size
         if set(crop) != {self.size if isinstance(self.size, int) else self.size[0]}:
             raise SystemExit(
-                f"error: {where}: the crop is {crop} pixels, but teacher {self.name} takes "
+                f"error: {config.path}: the crop is {crop} pixels, but teacher {self.name} takes "
                 f"{self.size}"
             )
 
 
-def named_teachers(config: dict[str, Any], where: Path) -> list[tuple[str, str]]:
-    """Model name (or model config file) and weights of each teacher of a reinforcement config."""
-    names, weights = config["model_name"].split(","), config["pretrained"].split(",")
-    if len(names) != len(weights):
-        raise SystemExit(
-            f"error: {where}: model_name has {len(names)} entries and pretrained {len(weights)}; "
-            "expected as many of each"
-        )
-    return list(zip(names, weights, strict=True))
+class _LoadError(Exception):
+    """Why a teacher cannot be loaded, in a line for people."""
 
 
-def teacher_dimensions(config: dict[str, Any], where: Path) -> list[int]:
-    """Widths D_k of a reinforcement config's teachers, as OpenCLIP's model configs have them."""
+def _create_model(name: str, pretrained: str, device: torch.device) -> tuple[str, Any]:
+    """A model and its name in OpenCLIP's registry."""
     try:
-        models = [register_model(name) for name, _ in named_teachers(config, where)]
-        return [open_clip.get_model_config(model)["embed_dim"] for model in models]
-    except (FileNotFoundError, KeyError, TypeError, AttributeError):
+        model_name = register_model(name)
+    except ValueError as error:  # of JSON
+        raise _LoadError(f"{name} is no model config: {error}") from error
+    if name.endswith(".json") and open_clip.get_model_config(model_name) is None:
+        raise _LoadError(
+            f"{name} is no model config: expected an object with embed_dim, vision_cfg and text_cfg"
+        )
+    if not os.path.isfile(pretrained):
+        return model_name, open_clip.create_model(model_name, pretrained=pretrained, device=device)
+    logging.disable(logging.WARNING)  # "no pretrained weights": they are loaded below
+    try:
+        model = open_clip.create_model(model_name, device=device)
+    finally:
+        logging.disable(logging.NOTSET)
+    load_weights(model, pretrained, name)
+    return model_name, model
+
+
+def load_weights(model: torch.nn.Module, path: str, name: str) -> None:
+    """Load weights from a file: a checkpoint of the trainer, a bare state, or safetensors.
+
+    Args:
+        model: whose weights they are.
+        path: of the file.
+        name: of the model, for messages.
+
+    Raises:
+        _LoadError: the file holds no weights, or those of another model.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            state: Any = safetensors.torch.load_file(path, device="cpu")
+        else:
+            state = checkpoint.load(path, map_location="cpu")
+    except Exception as error:  # torch raises anything on a broken file
+        line = str(error).strip().partition("\n")[0]
+        raise _LoadError(f"{path} is no checkpoint: {type(error).__name__}: {line}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not (
+        isinstance(state, Mapping)
+        and state
+        and all(isinstance(key, str) for key in state)
+        and all(isinstance(value, torch.Tensor) for value in state.values())
+    ):
+        raise _LoadError(
+            f"{path} is no checkpoint: expected weights by name, or such an object as state_dict"
+        )
+    state, expected = checkpoint.match_names(state, model), model.state_dict()
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} is {list(state[key].shape)}, expected {list(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    faults = [
+        f"{kind} {found[0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+        for kind, found in (("lacks", missing), ("has an unexpected", unexpected), ("its", shapes))
+        if found
+    ]
+    if faults:
+        found = "; ".join(faults)
+        raise _LoadError(f"{path} is a checkpoint of another model than {name}: {found}")
+    model.load_state_dict(state)
+
+
+def teacher_dimensions(config: ReinforcementConfig) -> list[int]:
+    """Widths D_k of a reinforcement config's teachers, as OpenCLIP's model configs have them."""
+    widths = []
+    try:
+        for name, _ in config.teachers:
+            # one after the other: two files may have one name
+            widths.append(open_clip.get_model_config(register_model(name))["embed_dim"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        widths = []
+    if not widths:
         raise SystemExit(
-            f"--config {where}: its model_name names no models that OpenCLIP knows; "
+            f"--config {config.path}: its model_name names no models that OpenCLIP knows; "
             "give --teacher-dimension"
         ) from None
-
-
-def compose_without_normalization(config: dict[str, Any]) -> Compose:
-    """The augmentation of a reinforcement config without normalize: each teacher has its own."""
-    steps = config["reinforce"]["image_augmentation"]
-    return compose_from_config({name: steps[name] for name in steps if name != "normalize"})
+    return widths
