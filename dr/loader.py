@@ -319,13 +319,11 @@ class _PassDataset(IterableDataset):
         process, processes = (worker.id, worker.num_workers) if worker else (0, 1)
         # The trainer takes the workers' batches in turn, and a resumed run continues the turn.
         stream = (process + self.taken) % processes
-        members = self.recipe.members
-        wanted = {extension for extensions in members.values() for extension in extensions}
         samples = passes(
-            ShardReader(self.shards, wanted.__contains__),
+            ShardReader(self.shards, self.recipe.wanted.__contains__),
             self.state(self.first_stream + stream, self.cursors[stream]),
         )
-        tally = Tally(members, self.limit)
+        tally = Tally(self.recipe.members, self.limit)
         made = batches(samples, self.recipe, self.tokenizer, self.batch_size, tally)
         for _ in range(process, self.batches, processes):
             batch, cursor = next(made)

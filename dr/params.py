@@ -10,18 +10,24 @@ from collections.abc import Iterator
 import open_clip
 
 from .transforms import Compose, compose_from_config
+from .weights import follow_weights, register_model
 
 # Whether the options break a rule, and what to say then.
 Rule = tuple[bool, str]
 
+SYN_TEXT_KEYS = r"^syn_text.*$"
 OPTIONS_OF_REINFORCEMENT = (
     "dataset_reinforcement_config",
     "dataset_reinforcement_mix_synthetic",
     "dataset_reinforcement_mix_synthetic_ratio",
+    "dataset_reinforcement_syn_text_key_regex",
+    "dataset_reinforcement_filter_image_size",
+    "dataset_reinforcement_sample_sequential",
     "distill_loss_weights",
     "distill_teacher_dimension",
     "distill_average_after_softmax",
     "distill_logit_scale",
+    "distill_logit_bias",
 )
 
 
@@ -53,6 +59,27 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Probability of a synthetic caption with --dataset-reinforcement-mix-synthetic.",
     )
     group.add_argument(
+        "--dataset-reinforcement-syn-text-key-regex",
+        default=SYN_TEXT_KEYS,
+        metavar="REGEX",
+        help="Use the lists of synthetic captions whose key in syn.json matches. A data set such "
+        "as DFNDR has one list for each captioning model. Default: %(default)s, all lists.",
+    )
+    group.add_argument(
+        "--dataset-reinforcement-filter-image-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Skip images whose shorter side is under N pixels.",
+    )
+    group.add_argument(
+        "--dataset-reinforcement-sample-sequential",
+        action="store_true",
+        help="With replacement: choose the augmentation and the caption by the number of the "
+        "epoch, modulo their count, instead of randomly. No effect with "
+        "--dataset-without-replacement, which uses each of them once before it repeats one.",
+    )
+    group.add_argument(
         "--distill-loss-weights",
         type=float,
         nargs=2,
@@ -81,6 +108,23 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="S",
         help="Logit scale of the teachers: one for all, or one for each. The DataCompDR recipes "
         "use 100.",
+    )
+
+    group.add_argument(
+        "--distill-logit-bias",
+        type=float,
+        nargs="+",
+        metavar="B",
+        help="Logit bias of teachers with a sigmoid loss (SigLIP). Not supported: the distillation "
+        "loss is a softmax.",
+    )
+
+    group = parser.add_argument_group("weights to start from")
+    group.add_argument(
+        "--ignore-pretrained-statistics",
+        action="store_true",
+        help="Train with other image statistics (--image-mean, --image-std, --image-interpolation) "
+        "than those that the weights of --pretrained FILE were trained with.",
     )
 
     group = parser.add_argument_group("sampling and resuming")
@@ -133,26 +177,11 @@ def prepare_args(args: Namespace, parser: ArgumentParser) -> None:
     for is_broken, message in list_rules(args, parser):
         if is_broken:
             parser.exit(2, f"error: {message}\n")
+    if mismatch := follow_weights(args):
+        parser.exit(2, f"error: {mismatch}\n")
     if args.max_skipped_fraction is None:
         limited = args.dataset_reinforcement or args.dataset_without_replacement
         args.max_skipped_fraction = 0.1 if limited else 1.0
-
-
-def register_model(name: str) -> str:
-    """Register a model config file with OpenCLIP.
-
-    Returns:
-        The model's name: ``FILE`` for ``FILE.json``; other names as they are.
-
-    Raises:
-        FileNotFoundError: ``name`` ends in .json, and there is no such file.
-    """
-    if not name.endswith(".json"):
-        return name
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"there is no model config file {name}")
-    open_clip.add_model_config(name)
-    return os.path.splitext(os.path.basename(name))[0]
 
 
 def list_rules(args: Namespace, parser: ArgumentParser) -> Iterator[Rule]:
@@ -289,6 +318,22 @@ def _reinforcement_rules(args: Namespace) -> Iterator[Rule]:
         "student's size",
     )
 
+    yield (
+        args.distill_logit_bias is not None,
+        "--distill-logit-bias is for teachers with a sigmoid loss; the distillation loss is a "
+        "softmax, to which a bias makes no difference: remove it",
+    )
+    regex = args.dataset_reinforcement_syn_text_key_regex
+    yield (
+        not _is_regex(regex),
+        f"--dataset-reinforcement-syn-text-key-regex {regex}: expected a regular expression",
+    )
+    smallest = args.dataset_reinforcement_filter_image_size
+    yield (
+        smallest < 0,
+        f"--dataset-reinforcement-filter-image-size {smallest}: expected a number of pixels",
+    )
+
     ratio = args.dataset_reinforcement_mix_synthetic_ratio
     option = f"--dataset-reinforcement-mix-synthetic-ratio {ratio}"
     yield not 0.0 <= ratio <= 1.0, f"{option}: expected a probability, 0 to 1"
@@ -318,6 +363,14 @@ def _reinforcement_rules(args: Namespace) -> Iterator[Rule]:
         f"--distill-logit-scale has {len(scales or [])} values, --distill-teacher-dimension "
         f"{len(dimensions)}: give one scale, or one for each teacher",
     )
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def read_augmentation(path: str) -> Compose:

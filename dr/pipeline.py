@@ -11,6 +11,7 @@ does the rest. The baseline keeps OpenCLIP's stages, with a count of the samples
 import contextlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,13 +26,13 @@ from .sample import (
     IMAGE_MEMBERS,
     MAX_CAPTION,
     PLAIN_MEMBERS,
-    USED_MEMBERS,
     BadSample,
     BaselineRecipe,
     ReinforcedRecipe,
     caption,
     missing,
 )
+from .sampling import EpochChoice, RandomChoice
 from .sources import MAX_UNREADABLE_SHARDS, Skipped, stream
 from .tar import KNOWN_MEMBERS, Unknown
 from .transforms import compose_from_config, split_for_device
@@ -85,6 +86,9 @@ def adapt_stages(
     recipe = make_recipe(args, preprocess)
     tally = Tally(recipe.members, limit)
     if args.dataset_reinforcement:
+        shared_epoch = None
+        if args.dataset_reinforcement_sample_sequential:
+            shared_epoch = next(stage.epoch for stage in shards if hasattr(stage, "epoch"))
         chain = partial(
             _reinforced_batches,
             recipe=recipe,
@@ -92,6 +96,7 @@ def adapt_stages(
             batch_size=args.batch_size,
             tally=tally,
             outlive_sigterm=bool(args.save_every_n_steps),
+            shared_epoch=shared_epoch,
         )
         return [*shards, chain]
     baseline = BaselineStages(tally, outlive_sigterm=bool(args.save_every_n_steps))
@@ -121,11 +126,17 @@ def _reinforced_batches(
     batch_size: int,
     tally: Tally,
     outlive_sigterm: bool,
+    shared_epoch: Any,
 ) -> Iterator[tuple[Batch, Counts]]:
-    """A stage: from shards to batches."""
+    """A stage: from shards to batches.
+
+    Args:
+        shared_epoch: OpenCLIP's counter of epochs, to choose by it; None: choose at random.
+    """
     if outlive_sigterm:
         ignore_sigterm()
-    samples = stream(shards, USED_MEMBERS.__contains__)
+    choice = EpochChoice(shared_epoch.get_value()) if shared_epoch is not None else RandomChoice()
+    samples = stream(shards, recipe.wanted.__contains__, choice)
     rng = random.Random()
     shuffle = partial(shuffled, size=SHUFFLE_BUFFER, initial=SHUFFLE_INITIAL, rng=rng)
     for batch, _ in batches(samples, recipe, tokenizer, batch_size, tally, shuffle):
@@ -232,7 +243,14 @@ def make_recipe(args: Any, preprocess: Callable) -> Recipe:
         mix_ratio = args.dataset_reinforcement_mix_synthetic_ratio
     dimensions = args.distill_teacher_dimension
     width = None if dimensions == [-1] else sum(dimensions)
-    return ReinforcedRecipe(compose, statistics, mix_ratio, width)
+    return ReinforcedRecipe(
+        compose,
+        statistics,
+        mix_ratio,
+        width,
+        re.compile(args.dataset_reinforcement_syn_text_key_regex),
+        args.dataset_reinforcement_filter_image_size,
+    )
 
 
 def adapt_augmentation(config: dict, preprocess: Any, interpolation: str | None = None) -> dict:

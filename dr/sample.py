@@ -14,10 +14,11 @@ import io
 import json
 import math
 import random
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +32,6 @@ from .tar import IMAGE_MEMBERS, PLAIN_MEMBERS, REINFORCED_MEMBERS, Unknown
 from .tar import USED_MEMBERS as USED_MEMBERS
 from .transforms import Compose
 
-EMBEDDINGS = ("image_emb", "text_emb")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # only these: some of Pillow's formats start a program
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's images have at most 512 x 512
 # Characters of a caption. 77 tokens of CLIP's vocabulary cover at most 2,464 bytes, so the cut
@@ -88,16 +88,34 @@ def _field(sample: dict, member: str, field: str) -> Any:
     return content[field]
 
 
+def read_caption_lists(sample: dict) -> dict[str, list[str]]:
+    """The synthetic captions of ``syn.json``, a list for each captioning model.
+
+    Returns:
+        Lists by key; keys start with ``syn_text``. DataCompDR has one list, ``syn_text``.
+    """
+    content = _json("syn.json", sample["syn.json"])
+    if not isinstance(content, dict):
+        raise BadSample("unreadable syn.json", "expected an object with lists of captions")
+    lists = {key: captions for key, captions in content.items() if key.startswith("syn_text")}
+    if not lists:
+        found = ", ".join(map(str, content)) or "none"
+        detail = f"expected a key syn_text, or keys that start with it; found {found}"
+        raise BadSample("unreadable syn.json", detail)
+    for key, captions in lists.items():
+        if not isinstance(captions, list) or not captions or not all(map(_is_caption, captions)):
+            raise BadSample("unreadable syn.json", f"expected a list of captions under {key}")
+        lists[key] = [bound_caption(text) for text in captions]
+    return lists
+
+
+def _is_caption(text: object) -> bool:
+    return isinstance(text, str) and bool(text.strip())
+
+
 def synthetic_captions(sample: dict) -> list[str]:
-    """The S synthetic captions of ``syn.json``."""
-    captions = _field(sample, "syn.json", "syn_text")
-    if (
-        not isinstance(captions, list)
-        or not captions
-        or not all(isinstance(c, str) and c.strip() for c in captions)
-    ):
-        raise BadSample("unreadable syn.json", "expected a list of captions under syn_text")
-    return [bound_caption(text) for text in captions]
+    """All S synthetic captions of ``syn.json``, list after list."""
+    return [text for captions in read_caption_lists(sample).values() for text in captions]
 
 
 def bound_caption(text: str) -> str:
@@ -129,14 +147,71 @@ def caption(sample: dict) -> str:
     return bound_caption(text)
 
 
+def original_captions(sample: dict) -> list[str]:
+    """The C original captions: the list ``texts`` of ``json`` if there is one, else the caption."""
+    if b'"texts"' in sample.get("json", b""):
+        texts = _field(sample, "json", "texts")
+        if not isinstance(texts, list) or not texts or not all(map(_is_caption, texts)):
+            raise BadSample("unreadable json", "expected a list of captions under texts")
+        return [bound_caption(text) for text in texts]
+    return [caption(sample)]
+
+
 def embeddings(sample: dict) -> dict[str, Tensor]:
     """The stored embeddings of ``npz`` (NumPy) or ``pth.gz`` (gzip around ``torch.save``).
 
     Returns:
-        ``image_emb`` ``[A, ΣD_k]`` and ``text_emb`` ``[1 + S, ΣD_k]``, float in the precision
-        stored.
+        ``image_emb`` ``[A, ΣD_k]`` and ``text_emb`` ``[C + S, ΣD_k]``, float in the precision
+        stored. The rows of ``text_emb`` are those of the original captions, then those of the
+        synthetic captions in the order of :func:`synthetic_captions`, however they are stored.
     """
-    return {name: _rows(stored, slice(None)) for name, stored in _stored_embeddings(sample).items()}
+    stored = _stored_embeddings(sample)
+    parts = [_rows(stored["text_emb"], slice(None))]
+    if "syn.json" in sample:
+        lists = read_caption_lists(sample)
+        places = locate_synthetic_rows(len(original_captions(sample)), lists, stored)
+        for name, _ in places.values():
+            if name != "text_emb":
+                parts.append(_rows(stored[name], slice(None)))
+    return {"image_emb": _rows(stored["image_emb"], slice(None)), "text_emb": torch.cat(parts)}
+
+
+def locate_synthetic_rows(
+    originals: int, lists: dict[str, list[str]], stored: Mapping[str, np.ndarray | Tensor]
+) -> dict[str, tuple[str, int]]:
+    """Find the embeddings of each list of synthetic captions.
+
+    Either ``text_emb`` holds those of the only list after the original captions (DataCompDR), or
+    each list has an array of its own, ``<key>_emb`` (DFNDR).
+
+    Args:
+        originals: number of original captions.
+        lists: synthetic captions by key.
+        stored: arrays by name.
+
+    Returns:
+        Name of the array and its first row, by key.
+
+    Raises:
+        BadSample: an array is missing, or the numbers of rows disagree.
+    """
+    rows = len(stored["text_emb"])
+    counts = ", ".join(f"{len(captions)} under {key}" for key, captions in lists.items())
+    if rows != originals:
+        (key, captions), *others = lists.items()
+        if others or rows != originals + len(captions):
+            detail = f"text_emb has {rows} rows for {originals} original captions and {counts}"
+            raise BadSample("row counts disagree", detail)
+        return {key: ("text_emb", originals)}
+    for key, captions in lists.items():
+        name = f"{key}_emb"
+        if name not in stored:
+            detail = f"no {name} for {counts}; found {', '.join(stored)}"
+            raise BadSample("lacks embeddings of synthetic captions", detail)
+        if len(stored[name]) != len(captions):
+            detail = f"{name} has {len(stored[name])} rows for {len(captions)} captions"
+            raise BadSample("row counts disagree", detail)
+    return {key: (f"{key}_emb", 0) for key in lists}
 
 
 def _rows(stored: np.ndarray | Tensor, rows: slice | list[int]) -> Tensor:
@@ -191,7 +266,7 @@ def _load_npz(data: bytes) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         _check_inflated(archive, "npz")
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-        for name in EMBEDDINGS:
+        for name in _embedding_names(entries):
             entry = entries[name]
             if entry.compress_type == zipfile.ZIP_STORED:
                 # A local header has 30 bytes; its last four: lengths of the name and an extra
@@ -234,7 +309,13 @@ def _load_pth_gz(data: bytes) -> dict:
         _check_inflated(archive, "pth.gz")
     loaded = torch.load(io.BytesIO(inflated), map_location="cpu", weights_only=True)
     # A stored tensor may ask for gradients.
-    return {name: torch.as_tensor(loaded[name]).detach() for name in EMBEDDINGS}
+    return {name: torch.as_tensor(loaded[name]).detach() for name in _embedding_names(loaded)}
+
+
+def _embedding_names(found: Iterable[str]) -> list[str]:
+    """Names of the arrays to read: the two of every sample, and those of lists of captions."""
+    names = [name for name in found if name.startswith("syn_text") and name.endswith("_emb")]
+    return ["image_emb", "text_emb", *names]
 
 
 def decode_image(sample: dict) -> Image.Image:
@@ -276,6 +357,7 @@ def draw(
     choice: Choice,
     mix_ratio: float | None = None,
     width: int | None = None,
+    list_keys: re.Pattern | None = None,
 ) -> dict:
     """Choose an augmentation and captions of a sample, and take the embeddings of exactly those.
 
@@ -286,6 +368,7 @@ def draw(
         mix_ratio: None: two captions, the original and a synthetic one. Otherwise one caption,
             which is synthetic with this probability.
         width: ΣD_k that the embeddings must have; None: not checked.
+        list_keys: the lists of synthetic captions to use are those whose key matches; None: all.
 
     Returns:
         ``params`` (for ``compose.reapply``), ``captions`` (the original, a synthetic one, or both
@@ -296,30 +379,40 @@ def draw(
         BadSample: something is missing, unreadable or not finite, or row counts disagree.
     """
     check_members(sample, REINFORCED_MEMBERS)
-    synthetic, parameters = synthetic_captions(sample), augmentation_parameters(sample)
-    original, stored = caption(sample), _stored_embeddings(sample)
-    for name, count, of in (
-        ("image_emb", len(parameters), "augmentations"),
-        ("text_emb", 1 + len(synthetic), "captions"),
-    ):
-        found, found_width = stored[name].shape
-        if found != count:
-            raise BadSample("row counts disagree", f"{name} has {found} rows for {count} {of}")
-        if width not in (None, found_width):
-            raise BadSample("embedding width", f"{name} is {found_width} wide, expected {width}")
+    lists, parameters = read_caption_lists(sample), augmentation_parameters(sample)
+    originals, stored = original_captions(sample), _stored_embeddings(sample)
+    if len(stored["image_emb"]) != len(parameters):
+        found = f"{len(stored['image_emb'])} rows for {len(parameters)} augmentations"
+        raise BadSample("row counts disagree", f"image_emb has {found}")
+    places = locate_synthetic_rows(len(originals), lists, stored)
+    for name in ("image_emb", "text_emb", *(name for name, _ in places.values())):
+        if width not in (None, stored[name].shape[1]):
+            found = f"{name} is {stored[name].shape[1]} wide, expected {width}"
+            raise BadSample("embedding width", found)
+    if list_keys is not None:
+        used = {key: captions for key, captions in lists.items() if list_keys.search(key)}
+        if not used:
+            detail = f"{list_keys.pattern} matches no key of syn.json; found {', '.join(lists)}"
+            raise BadSample("no list of synthetic captions", detail)
+        lists = used
 
-    key = str(sample.get("__key__"))
-    augmentation = choice.choose(key, "augmentation", len(parameters))
-    rows_chosen = [0, 1 + choice.choose(key, "caption", len(synthetic))]
+    uid = str(sample.get("__key__"))
+    augmentation = choice.choose(uid, "augmentation", len(parameters))
+    key, which = _choose_synthetic(uid, lists, choice)
+    name, first = places[key]
+    original = choice.choose(uid, "original", len(originals)) if len(originals) > 1 else 0
+    captions = [originals[original], lists[key][which]]
+    text_rows = [("text_emb", original), (name, first + which)]
     if mix_ratio is not None:
-        is_synthetic = choice.generator(key, "mix").random() < mix_ratio
-        rows_chosen = rows_chosen[1:] if is_synthetic else rows_chosen[:1]
+        is_synthetic = choice.generator(uid, "mix").random() < mix_ratio
+        keep = slice(1, 2) if is_synthetic else slice(0, 1)
+        captions, text_rows = captions[keep], text_rows[keep]
     try:
         params = compose.decompress(parameters[augmentation])
     except ValueError as error:
         raise BadSample("augmentation parameters", error) from error
     image_emb = _rows(stored["image_emb"], [augmentation])
-    text_emb = _rows(stored["text_emb"], rows_chosen)
+    text_emb = torch.cat([_rows(stored[name], [row]) for name, row in text_rows])
     for rows in (image_emb, text_emb):
         # An infinite or NaN term makes the sum so, in a third of the time of testing each term.
         if not math.isfinite(rows.float().sum(dtype=torch.float64)):
@@ -330,10 +423,21 @@ def draw(
         "__url__": sample.get("__url__"),
         member: image,
         "params": params,
-        "captions": [[original, *synthetic][row] for row in rows_chosen],
+        "captions": captions,
         "image_emb": image_emb[0],
         "text_emb": text_emb,
     }
+
+
+def _choose_synthetic(uid: str, lists: dict[str, list[str]], choice: Choice) -> tuple[str, int]:
+    """A list, then one of its captions. Lists of one length are chosen from as one list, so that
+    without replacement each caption comes once before one comes twice."""
+    keys, counts = list(lists), [len(captions) for captions in lists.values()]
+    if len(set(counts)) == 1:
+        number, which = divmod(choice.choose(uid, "caption", sum(counts)), counts[0])
+        return keys[number], which
+    number = choice.choose(uid, "captioner", len(keys))
+    return keys[number], choice.choose(uid, "caption", counts[number])
 
 
 # --- what training makes of a sample --------------------------------------------------------------
@@ -343,16 +447,24 @@ class ReinforcedRecipe:
     Args:
         compose: the augmentation as the student sees it, up to ``to_tensor``.
         statistics: mean and standard deviation ``[2, 3]`` to normalise the batch with.
-        mix_ratio, width: see :func:`draw`.
+        mix_ratio, width, list_keys: see :func:`draw`.
+        min_side: pixels; images with a shorter side are skipped.
     """
 
-    members = REINFORCED_MEMBERS
+    members, wanted = REINFORCED_MEMBERS, USED_MEMBERS
 
     def __init__(
-        self, compose: Compose, statistics: Tensor, mix_ratio: float | None, width: int | None
+        self,
+        compose: Compose,
+        statistics: Tensor,
+        mix_ratio: float | None = None,
+        width: int | None = None,
+        list_keys: re.Pattern | None = None,
+        min_side: int = 0,
     ):
         self.compose, self.statistics = compose, statistics
-        self.mix_ratio, self.width = mix_ratio, width
+        self.mix_ratio, self.width, self.list_keys = mix_ratio, width, list_keys
+        self.min_side = min_side
         self._has_drawn = False
 
     def draw(self, sample: dict, choice: Choice) -> dict:
@@ -363,7 +475,7 @@ class ReinforcedRecipe:
             ValueError: the embeddings of the first sample have another width than the options say.
         """
         try:
-            row = draw(sample, self.compose, choice, self.mix_ratio, self.width)
+            row = draw(sample, self.compose, choice, self.mix_ratio, self.width, self.list_keys)
         except BadSample as error:
             if error.reason == "embedding width" and not self._has_drawn:
                 where = f"{sample.get('__key__')} of {sample.get('__url__')}"
@@ -375,6 +487,10 @@ class ReinforcedRecipe:
     def augment(self, row: dict, choice: Choice) -> dict:
         """The row with its ``image``, uint8 ``[H, W, 3]``; float32 ``[3, H, W]`` if it erases."""
         img = decode_image(row)
+        if min(img.size) < self.min_side:
+            raise BadSample(
+                "small image", f"{img.width}x{img.height}, under {self.min_side} pixels"
+            )
         try:
             image, _ = self.compose.reapply(img, row["params"])
         except ValueError as error:
@@ -391,7 +507,7 @@ class BaselineRecipe:
         preprocess: OpenCLIP's training transform of the student.
     """
 
-    members = PLAIN_MEMBERS
+    members, wanted = PLAIN_MEMBERS, {*IMAGE_MEMBERS, "txt"}
     statistics = None
 
     def __init__(self, preprocess: Callable[[Image.Image], Tensor]):

@@ -174,6 +174,18 @@ class RandomChoice:
         return random.Random(random.getrandbits(64))
 
 
+class EpochChoice(NamedTuple):
+    """Chooses the number of the epoch, modulo the count (``…-sample-sequential``)."""
+
+    epoch: int
+
+    def choose(self, key: str, what: str, count: int) -> int:
+        return self.epoch % count
+
+    def generator(self, key: str, what: str) -> random.Random:
+        return random.Random(random.getrandbits(64))
+
+
 class ScheduledChoice(NamedTuple):
     """Chooses by seed, pass and the sample's key alone, whatever the rank and worker."""
 

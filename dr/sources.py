@@ -74,17 +74,20 @@ class Item(NamedTuple):
         return self._replace(row={}, skipped=skipped)
 
 
-def stream(shards: Iterable[dict], wanted: Callable[[str], bool]) -> Iterator[Item]:
+def stream(
+    shards: Iterable[dict], wanted: Callable[[str], bool], choice: Choice | None = None
+) -> Iterator[Item]:
     """Read shards one after the other.
 
     Args:
         shards: ``{"url": …}``, as WebDataset's shard lists yield them.
         wanted: which members to read, by extension.
+        choice: how augmentations and captions are chosen; None: at random.
 
     Raises:
         RuntimeError: ``MAX_UNREADABLE_SHARDS`` shards in a row have no readable sample.
     """
-    empty, choice = 0, RandomChoice()
+    empty, choice = 0, choice or RandomChoice()
     for shard in shards:
         url, empty, fault = shard["url"], empty + 1, "it holds no sample"
         try:

@@ -34,8 +34,9 @@ REINFORCED_MEMBERS = {
     "augmentation parameters": ("paug.json",),
     "embeddings": ("npz", "pth.gz"),
 }
-USED_MEMBERS = {extension for extensions in REINFORCED_MEMBERS.values() for extension in extensions}
-KNOWN_MEMBERS = USED_MEMBERS | {"url.txt", "json", "cls"}  # the latter are in shards, but not used
+# What reinforced training reads: the required members, and json, which may hold more captions.
+USED_MEMBERS = {*(name for names in REINFORCED_MEMBERS.values() for name in names), "json"}
+KNOWN_MEMBERS = USED_MEMBERS | {"url.txt", "cls"}  # the latter are in shards, but not used
 
 Value = TypeVar("Value")
 # As webdataset's base_plus_ext: the folder and everything up to the first dot of the file's name,

@@ -127,7 +127,7 @@ BROKEN = {
     "no list of parameters": (broken(paug_json=b'{"param_aug": "[1, 2"}'), "unreadable paug.json"),
     "wrong parameters": (broken(paug_json=b'{"param_aug": [[1], [1], [1], [1]]}'), "augmentation parameters"),
     "too few image rows": (broken(npz=rows(image=3)), "row counts disagree: image_emb has 3 rows for 4 augmentations"),
-    "too many text rows": (broken(npz=rows(text=5)), "row counts disagree: text_emb has 5 rows for 4 captions"),
+    "too many text rows": (broken(npz=rows(text=5)), "row counts disagree: text_emb has 5 rows for 1 original captions and 3 under syn_text"),
     "another width": (broken(npz=rows(width=11)), "embedding width: image_emb is 11 wide, expected 12"),
     "not finite": (broken(npz=rows(fill=float("nan"))), "embeddings are not finite"),
     "beyond float32": (broken(npz=npz(image_emb=np.full((4, 12), 1e99), text_emb=np.ones((4, 12)))), "not finite"),

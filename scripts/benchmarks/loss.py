@@ -188,7 +188,7 @@ def print_flops(args: argparse.Namespace) -> None:
     import open_clip
     from torch.utils.flop_counter import FlopCounterMode
 
-    from dr.params import register_model
+    from dr.weights import register_model
 
     model = open_clip.create_model(register_model(args.model), output_dict=True).to("meta")
     size = model.visual.image_size

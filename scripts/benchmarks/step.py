@@ -20,7 +20,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for dr
 from dr.batch import Batch, add_teacher, unpack_batch
 from dr.loss import DRClipLoss
-from dr.params import register_model
+from dr.weights import register_model
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEACHERS = 768, 768  # widths

@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms import functional as F
 
 from dr import checkpoint
-from dr.params import register_model
+from dr.weights import register_model
 
 from .config import ReinforcementConfig
 from .report import printable

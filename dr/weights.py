@@ -1,0 +1,145 @@
+"""Model names and released weights: configs of newer OpenCLIP releases, safetensors, statistics.
+
+The images of a model are preprocessed with the statistics that its weights were trained with.
+OpenCLIP knows those of its tags; this module finds those of weight files.
+"""
+
+import json
+import logging
+import os
+import re
+from argparse import Namespace
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import open_clip
+import open_clip.factory
+from safetensors.torch import load_file
+
+MIN_VERSION = "3.2"  # of open_clip_torch, whose wheel has the configs of the MobileCLIP2 models
+PACKAGE = "open_clip_torch"
+
+
+def register_model(name: str) -> str:
+    """Register a model config with OpenCLIP.
+
+    Args:
+        name: of a model; or of a model that only the installed open_clip_torch knows, which may be
+            newer than the patched tree; or a model config ``FILE.json``.
+
+    Returns:
+        The model's name: ``FILE`` for ``FILE.json``; other names as they are.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no config of a MobileCLIP model.
+    """
+    if name.endswith(".json"):
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"there is no model config file {name}")
+        open_clip.add_model_config(name)
+        return os.path.splitext(os.path.basename(name))[0]
+    if open_clip.get_model_config(name) is None and name.startswith("MobileCLIP"):
+        path, version = f"open_clip/model_configs/{name}.json", "not installed"
+        try:
+            package = metadata.distribution(PACKAGE)
+            path, version = str(package.locate_file(path)), package.version
+        except metadata.PackageNotFoundError:
+            pass
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"OpenCLIP has no model {name}; {PACKAGE} {MIN_VERSION} and newer have the "
+                f"MobileCLIP2 models, found {version}: pip install -U {PACKAGE}, or give a model "
+                "config FILE.json"
+            )
+        open_clip.add_model_config(path)
+    return name
+
+
+# --- weights --------------------------------------------------------------------------------------
+_load_state_dict = open_clip.factory.load_state_dict
+
+
+def load_weights(checkpoint_path: str, *args: Any, **kwargs: Any) -> dict:
+    """OpenCLIP's ``load_state_dict``, which at the pinned commit takes no safetensors."""
+    if str(checkpoint_path).endswith(".safetensors"):
+        return load_file(checkpoint_path)
+    return _load_state_dict(checkpoint_path, *args, **kwargs)
+
+
+open_clip.factory.load_state_dict = load_weights  # wherever OpenCLIP loads a checkpoint file
+
+
+class Statistics(NamedTuple):
+    """How images are preprocessed.
+
+    Attributes:
+        mean, std: of the three channels.
+        interpolation: of the resize.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def __str__(self) -> str:
+        return f"mean {list(self.mean)}, std {list(self.std)}, {self.interpolation}"
+
+
+ZERO_ONE = Statistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
+OPENAI = Statistics(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic")
+# Names of released files, such as mobileclip_s1.pt and mobileclip2_b.pt.
+RELEASED = (
+    (re.compile(r"mobileclip2[-_](s3|s4|l[-_]?14)\b"), OPENAI),
+    (re.compile(r"mobileclip2?[-_](s0|s1|s2|b|blt|b[-_]lt)\b"), ZERO_ONE),
+)
+
+
+def find_statistics(weights: str) -> Statistics | None:
+    """The statistics of a weight file; None if they are not known.
+
+    They are known from an ``open_clip_config.json`` in the same folder, as in the Hub's OpenCLIP
+    layout, or from the name of a released MobileCLIP file or folder.
+    """
+    folder, name = os.path.split(os.path.abspath(weights))
+    try:
+        with open(os.path.join(folder, "open_clip_config.json"), encoding="utf-8") as file:
+            found = json.load(file)["preprocess_cfg"]
+        interpolation = found.get("interpolation", OPENAI.interpolation)
+        return Statistics(tuple(found["mean"]), tuple(found["std"]), interpolation)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    for text in (name, os.path.basename(folder)):
+        stem = text.lower().removesuffix(".pt").removesuffix(".safetensors")
+        for pattern, statistics in RELEASED:
+            if pattern.match(stem.removesuffix("-openclip")):
+                return statistics
+    return None
+
+
+def follow_weights(args: Namespace) -> str | None:
+    """Set the image statistics that the weights of ``--pretrained FILE`` need.
+
+    Returns:
+        What is wrong, if the options ask for other statistics.
+    """
+    if args.ignore_pretrained_statistics or not os.path.isfile(args.pretrained or ""):
+        return None
+    statistics = find_statistics(args.pretrained)
+    if statistics is None:
+        return None
+    wrong = []
+    for option in Statistics._fields:
+        name = f"image_{option}"
+        value, needed = getattr(args, name), getattr(statistics, option)
+        given = tuple(value) if isinstance(value, list) else value
+        if given is None:
+            setattr(args, name, list(needed) if isinstance(needed, tuple) else needed)
+        elif given != needed:
+            wrong.append(f"--image-{option} {value}")
+    if wrong:
+        return (
+            f"--pretrained {args.pretrained} was trained with {statistics}, but {', '.join(wrong)} "
+            "was given: remove it, or add --ignore-pretrained-statistics"
+        )
+    logging.info(f"Image statistics of {args.pretrained}: {statistics}")
+    return None
