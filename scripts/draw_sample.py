@@ -66,6 +66,7 @@ def draw_sample(
     reinforcement: Reinforcement,
     augmentation: int,
     synthetic: int,
+    caption_note: str = "",
 ) -> Image.Image:
     """Draw the original, its augmentations, and each teacher's similarity of them and the captions.
 
@@ -74,6 +75,7 @@ def draw_sample(
         members: of the sample, by extension, with an image.
         reinforcement: how the set was reinforced.
         augmentation, synthetic: numbers of the augmentation and the synthetic caption to mark.
+        caption_note: a remark on the caption, written after it.
 
     Raises:
         BadSample: something is unreadable, or the parameters do not fit the image.
@@ -90,13 +92,18 @@ def draw_sample(
     marked = (0, 1 + synthetic)  # rows: the original caption, and a synthetic one
     total = similarity.shape[2]
     sections = [
-        _draw_original(title, original, captions, marked),
+        _draw_original(title, original, captions, marked, caption_note),
         _draw_augmentations(views, parameters, total, augmentation),
     ]
     for teacher, table in zip(reinforcement.teachers, similarity, strict=True):
         table = table[: len(captions), : len(views)]
         sections.append(_draw_similarity(teacher, captions, table, marked, augmentation))
     return stack(sections)
+
+
+def fold_accents(text: str) -> str:
+    """Letters without their accents, which Pillow's font lacks."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def stack(sections: Sequence[Image.Image]) -> Image.Image:
@@ -122,18 +129,22 @@ def _write(
     fill: str = INK,
     anchor: str = "la",
     width: float = WIDTH,
-) -> None:
-    """Write one line, cut to ``width`` pixels. Pillow's font has no accents and only one dash."""
-    text = printable(text, 300).translate(str.maketrans("–—−×", "---x"))
-    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+) -> float:
+    """Write one line, cut to ``width`` pixels; return its length. The font has only one dash."""
+    text = fold_accents(printable(text, 300).translate(str.maketrans("–—−×", "---x")))
     font = load_font(size)
     while font.getlength(text) > width and len(text) > 1:
         text = text[:-2].rstrip() + "…"
     draw.text(at, text, fill, font, anchor)
+    return font.getlength(text)
 
 
 def _draw_original(
-    title: str, original: Image.Image, captions: list[str], marked: tuple[int, int]
+    title: str,
+    original: Image.Image,
+    captions: list[str],
+    marked: tuple[int, int],
+    caption_note: str,
 ) -> Image.Image:
     section, draw = _new_section(MARGIN + max(ORIGINAL + 30, 118 + 34 * len(captions)) + 36)
     shown = ImageOps.contain(original, (ORIGINAL, ORIGINAL), Image.Resampling.BICUBIC)
@@ -149,8 +160,12 @@ def _draw_original(
         top = MARGIN + 104 + 34 * row + (14 if row else 0)
         label = f"synthetic {row - 1}" if row else "caption"
         _write(draw, (left, top), label, 19, CHOSEN if row in marked else GREY)
-        text_size = 19 if row else 22
-        _write(draw, (left + 130, top), text, text_size, width=WIDTH - MARGIN - left - 130)
+        start, text_size = left + 130, 19 if row else 22
+        end = start + _write(draw, (start, top), text, text_size, width=WIDTH - MARGIN - start)
+        if caption_note and row == 0 and end + 24 < WIDTH - MARGIN:
+            _write(
+                draw, (end + 24, top + 3), caption_note, 18, GREY, width=WIDTH - MARGIN - end - 24
+            )
     return section
 
 

