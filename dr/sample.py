@@ -168,8 +168,10 @@ def embeddings(sample: dict) -> dict[str, Tensor]:
     stored = _stored_embeddings(sample)
     parts = [_rows(stored["text_emb"], slice(None))]
     if "syn.json" in sample:
-        lists = read_caption_lists(sample)
-        places = locate_synthetic_rows(len(original_captions(sample)), lists, stored)
+        # A reinforcement shard of the Hub has no caption; its teachers embedded one.
+        has_captions = "txt" in sample or b'"texts"' in sample.get("json", b"")
+        originals = len(original_captions(sample)) if has_captions else 1
+        places = locate_synthetic_rows(originals, read_caption_lists(sample), stored)
         for name, _ in places.values():
             if name != "text_emb":
                 parts.append(_rows(stored[name], slice(None)))
