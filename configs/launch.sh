@@ -4,39 +4,51 @@
 # Sets the settings common to all recipes and defines two steps: `require_shards` and `launch`. All
 # settings can be overridden from the environment.
 
-case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit ;; esac
+# Print the description of the script, and its settings with their defaults.
+print_help() {
+    local name default comment
+    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+    printf '\nSettings and their defaults:\n\n'
+    sed -n 's/^\([A-Z][A-Z0-9_]*\)=${\1:\{0,1\}-\(.*\)}\( *# *\(.*\)\)\{0,1\}$/\1|\2|\4/p' \
+        "$0" "${BASH_SOURCE[0]}" |
+        while IFS='|' read -r name default comment; do
+            printf '  %-36s %s\n' "$name=$default" "$comment"
+        done
+}
+
+case ${1:-} in -h | --help) print_help; exit ;; esac
 
 # --- settings common to all recipes ---------------------------------------------------------------
 MODEL=${MODEL:-ViT-B-16}                # an OpenCLIP model name, or a model config FILE.json
-PRECISION=${PRECISION:-}                # default: amp, on the CPU fp32
-LR=${LR:-1.e-3}
-WD=${WD:-0.2}
-BETA2=${BETA2:-0.95}
-WARMUP=${WARMUP:-1000}                  # iterations
-GRAD_CLIP_NORM=${GRAD_CLIP_NORM:-1.0}
-ACCUM_FREQ=${ACCUM_FREQ:-1}             # micro-batches in an optimiser step
-GRAD_CHECKPOINTING=${GRAD_CHECKPOINTING:-1} # 0 is faster, where memory allows
-SEED=${SEED:-0}
+PRECISION=${PRECISION:-}                # empty: amp on GPUs, fp32 on the CPU
+LR=${LR:-1.e-3}                         # learning rate
+WD=${WD:-0.2}                           # weight decay
+BETA2=${BETA2:-0.95}                    # of AdamW
+WARMUP=${WARMUP:-1000}                  # optimizer steps in which the learning rate rises
+GRAD_CLIP_NORM=${GRAD_CLIP_NORM:-1.0}   # largest norm of the gradient
+ACCUM_FREQ=${ACCUM_FREQ:-1}             # micro-batches in an optimizer step
+GRAD_CHECKPOINTING=${GRAD_CHECKPOINTING:-1} # 0 is faster, where the memory is sufficient
+SEED=${SEED:-0}                         # random seed
 WORKERS=${WORKERS:-4}                   # data loading processes for each GPU
 SAMPLING=${SAMPLING:-with-replacement}  # or without-replacement: passes that take each sample once
-MAX_SKIPPED_FRACTION=${MAX_SKIPPED_FRACTION:-} # of bad samples; above it, training stops
-DATASETS=${DATASETS:-}                  # default: datasets/ next to the patched tree
-IMAGENET_VAL=${IMAGENET_VAL-./imagenet_validation} # class folders; empty: no zero-shot evaluation
-ZEROSHOT_FREQUENCY=${ZEROSHOT_FREQUENCY:-1} # epochs
-SAVE_FREQUENCY=${SAVE_FREQUENCY:-1}     # epochs
-SAVE_EVERY_N_STEPS=${SAVE_EVERY_N_STEPS:-0} # checkpoints within epochs, to resume from; 0: none
-KEEP_LAST_K=${KEEP_LAST_K:-2}           # how many of those to keep
-LOG_EVERY=${LOG_EVERY:-20}              # iterations
-LOGS=${LOGS:-./logs}
+MAX_SKIPPED_FRACTION=${MAX_SKIPPED_FRACTION:-} # fraction of bad samples at which a run stops
+DATASETS=${DATASETS:-}                  # folder of data sets; empty: datasets/ next to open_clip/
+IMAGENET_VAL=${IMAGENET_VAL-./imagenet_validation} # ImageNet's validation set; empty: no evaluation
+ZEROSHOT_FREQUENCY=${ZEROSHOT_FREQUENCY:-1} # epochs between two evaluations
+SAVE_FREQUENCY=${SAVE_FREQUENCY:-1}     # epochs between two checkpoints
+SAVE_EVERY_N_STEPS=${SAVE_EVERY_N_STEPS:-0} # also save within epochs, to resume from; 0: do not
+KEEP_LAST_K=${KEEP_LAST_K:-2}           # how many of those checkpoints to keep
+LOG_EVERY=${LOG_EVERY:-20}              # optimizer steps between two log lines
+LOGS=${LOGS:-./logs}                    # log folder
 REPORT_TO=${REPORT_TO-wandb}            # wandb, tensorboard, both with a comma, or empty
-WANDB_PROJECT=${WANDB_PROJECT:-mobileclip}
-NUM_PROCESSES=${NUM_PROCESSES:-1}       # on the CPU, with NUM_GPUS=0
-MASTER_ADDR=${MASTER_ADDR:-}            # several nodes meet at MASTER_ADDR:MASTER_PORT;
-MASTER_PORT=${MASTER_PORT:-}            # one node needs neither
-ROLE_RANK=${ROLE_RANK:-}                # number of this node, from 0
-RDZV_ID=${RDZV_ID:-}                    # default: NAME
+WANDB_PROJECT=${WANDB_PROJECT:-mobileclip} # project in Weights & Biases
+NUM_PROCESSES=${NUM_PROCESSES:-1}       # processes on the CPU, with NUM_GPUS=0
+MASTER_ADDR=${MASTER_ADDR:-}            # host at which several nodes meet; one node needs none
+MASTER_PORT=${MASTER_PORT:-}            # port at which several nodes meet; one node needs none
+ROLE_RANK=${ROLE_RANK:-}                # number of this node, from 0; one node needs none
+RDZV_ID=${RDZV_ID:-}                    # identifier of the rendezvous of the nodes; empty: NAME
 DIST_TIMEOUT=${DIST_TIMEOUT:-3600}      # seconds that the nodes wait for each other at the start
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python}                # Python interpreter of the environment
 DRY_RUN=${DRY_RUN:-0}                   # 1: print the torchrun command, and do not run it
 
 fail() { echo "error: $*" >&2; exit 1; }
@@ -53,7 +65,7 @@ tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -f "$tree/src/training/main.py" ] || tree=$tree/open_clip
 [ -f "$tree/src/training/dr/loss.py" ] || obstacle "no patched OpenCLIP in $tree: run" \
     "'bash scripts/setup_open_clip.sh' at the repository's root first"
-DATASETS=${DATASETS:-$(dirname "$tree")/datasets}
+[ -n "$DATASETS" ] || DATASETS=$(dirname "$tree")/datasets
 "$PYTHON" -c 'import braceexpand, importlib.util; assert importlib.util.find_spec("torch")' \
     2>/dev/null || obstacle "'$PYTHON' has no torch or no braceexpand: activate the environment" \
     "in which the recipe is installed, or set PYTHON to its python"

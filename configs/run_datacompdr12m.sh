@@ -3,13 +3,20 @@
 #
 #     bash configs/run_datacompdr12m.sh [TRAINER ARGUMENT …]
 #
-# Published recipe: ViT-B/16, 4 nodes of 8 GPUs, 30,000 iterations of 8,192.
-# Every setting below and in launch.sh can be overridden from the environment:
+# Published recipe: ViT-B/16, 4 nodes of 8 GPUs, 30,000 optimizer steps of 8,192 samples.
+# The settings are environment variables. Examples, to be run from the repository's root:
 #
-#     NUM_NODES=1 NUM_GPUS=1 GLOBAL_BATCH=1024 bash configs/run_datacompdr12m.sh
-#     NUM_GPUS=0 NUM_PROCESSES=2 … bash configs/run_datacompdr12m.sh     # on a CPU
-#     SAMPLING=without-replacement SAVE_EVERY_N_STEPS=500 bash configs/run_datacompdr12m.sh
-#     DRY_RUN=1 bash configs/run_datacompdr12m.sh    # print the torchrun command
+#     # one node of 8 GPUs, with zero-shot evaluation on ImageNet, without Weights & Biases
+#     NUM_NODES=1 IMAGENET_VAL=/path/to/imagenet/val REPORT_TO= bash configs/run_datacompdr12m.sh
+#     # one GPU, the global batch in 32 micro-batches, without evaluation
+#     NUM_NODES=1 NUM_GPUS=1 ACCUM_FREQ=32 IMAGENET_VAL= REPORT_TO= \
+#         bash configs/run_datacompdr12m.sh
+#     # a CPU, with two processes, on one shard
+#     NUM_NODES=1 NUM_GPUS=0 NUM_PROCESSES=2 GLOBAL_BATCH=64 ITERATIONS=100 WARMUP=10 \
+#         CHECKPOINTS=2 IMAGENET_VAL= REPORT_TO= DATA=datasets/DataCompDR-12M/shards/00000000.tar \
+#         bash configs/run_datacompdr12m.sh
+#     # print the torchrun command, and do not run it
+#     DRY_RUN=1 bash configs/run_datacompdr12m.sh
 #
 # Needs: the patched OpenCLIP (scripts/setup_open_clip.sh) and joined shards
 # (scripts/join_datacompdr12m.sh).
@@ -19,18 +26,22 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh" # settings common to all recipes
 
 # --- settings -------------------------------------------------------------------------------------
-NAME=${NAME:-run_datacompdr12m}
-NUM_NODES=${NUM_NODES:-4}
-NUM_GPUS=${NUM_GPUS:-8}              # on each node
-GLOBAL_BATCH=${GLOBAL_BATCH:-8192}   # samples in an optimiser step, over all processes
-ITERATIONS=${ITERATIONS:-30000}      # optimiser steps; samples seen = ITERATIONS x GLOBAL_BATCH
-CHECKPOINTS=${CHECKPOINTS:-20}       # an "epoch" is samples seen / CHECKPOINTS
-REINFORCEMENT_CONFIG=${REINFORCEMENT_CONFIG:-$(dirname "${BASH_SOURCE[0]}")/datacompdr12m.json}
-DISTILL_LOGIT_SCALE=${DISTILL_LOGIT_SCALE:-100}
-DISTILL_TEACHER_DIMENSION=${DISTILL_TEACHER_DIMENSION:-768 768}
+NAME=${NAME:-run_datacompdr12m}         # name of the run, and of its folder in LOGS
+NUM_NODES=${NUM_NODES:-4}               # number of nodes
+NUM_GPUS=${NUM_GPUS:-8}                 # GPUs on each node; 0: use the CPU
+GLOBAL_BATCH=${GLOBAL_BATCH:-8192}      # samples in an optimizer step, over all processes
+ITERATIONS=${ITERATIONS:-30000}         # optimizer steps of the run
+CHECKPOINTS=${CHECKPOINTS:-20}          # checkpoints of the run; the interval is an "epoch"
+REINFORCEMENT_CONFIG=${REINFORCEMENT_CONFIG:-} # config of the data set; empty: datacompdr12m.json
+DISTILL_LOGIT_SCALE=${DISTILL_LOGIT_SCALE:-100} # logit scale of the teachers
+DISTILL_TEACHER_DIMENSION=${DISTILL_TEACHER_DIMENSION:-768 768} # widths of the teachers' embeddings
 DISTILL_LOSS_WEIGHTS=${DISTILL_LOSS_WEIGHTS:-0.0 1.0} # contrastive, distillation
-# Training shards, braces as in WebDataset.
-DATA=${DATA:-"$DATASETS/DataCompDR-12M/shards/{00000000..00001023}.tar"}
+DATA=${DATA:-}                          # training shards; empty: all of DataCompDR-12M
+
+[ -n "$REINFORCEMENT_CONFIG" ] ||
+    REINFORCEMENT_CONFIG=$(dirname "${BASH_SOURCE[0]}")/datacompdr12m.json
+[ -n "$DATA" ] ||
+    DATA="$DATASETS/DataCompDR-12M/shards/{00000000..00001023}.tar"
 
 # --- steps ----------------------------------------------------------------------------------------
 require_shards scripts/join_datacompdr12m.sh

@@ -3,37 +3,50 @@
 #
 #     bash configs/run_datacompdr1B.sh [TRAINER ARGUMENT …]
 #
-# Published recipe: ViT-B/16, 16 nodes of 8 GPUs, 200,000 iterations of 65,536.
-# Every setting below and in launch.sh can be overridden from the environment:
+# Published recipe: ViT-B/16, 16 nodes of 8 GPUs, 200,000 optimizer steps of 65,536 samples.
+# The settings are environment variables. Examples, to be run from the repository's root:
 #
-#     NUM_NODES=1 NUM_GPUS=1 GLOBAL_BATCH=1024 bash configs/run_datacompdr1B.sh
-#     NUM_GPUS=0 NUM_PROCESSES=2 … bash configs/run_datacompdr1B.sh     # on a CPU
-#     SAMPLING=without-replacement SAVE_EVERY_N_STEPS=500 bash configs/run_datacompdr1B.sh
-#     DRY_RUN=1 bash configs/run_datacompdr1B.sh    # print the torchrun command
+#     # one node of 8 GPUs, with zero-shot evaluation on ImageNet, without Weights & Biases
+#     NUM_NODES=1 IMAGENET_VAL=/path/to/imagenet/val REPORT_TO= bash configs/run_datacompdr1B.sh
+#     # one GPU, the global batch in 256 micro-batches, without evaluation
+#     NUM_NODES=1 NUM_GPUS=1 ACCUM_FREQ=256 IMAGENET_VAL= REPORT_TO= \
+#         bash configs/run_datacompdr1B.sh
+#     # a CPU, with two processes, on one shard
+#     NUM_NODES=1 NUM_GPUS=0 NUM_PROCESSES=2 GLOBAL_BATCH=64 ITERATIONS=100 WARMUP=10 \
+#         CHECKPOINTS=2 IMAGENET_VAL= REPORT_TO= DATA=datasets/DataCompDR-1B/00/00000000.tar \
+#         bash configs/run_datacompdr1B.sh
+#     # print the torchrun command, and do not run it
+#     DRY_RUN=1 bash configs/run_datacompdr1B.sh
 #
 # Needs: the patched OpenCLIP (scripts/setup_open_clip.sh) and joined shards
-# (scripts/join_datacompdr1b.sh). Run again, it continues from the latest checkpoint.
+# (scripts/join_datacompdr1b.sh). If it is run again, it continues from the latest checkpoint.
 # Writes: $LOGS/$NAME/ with out.log, params.txt, checkpoints/.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh" # settings common to all recipes
 
 # --- settings -------------------------------------------------------------------------------------
-NAME=${NAME:-run_datacompdr1B}
-NUM_NODES=${NUM_NODES:-16}
-NUM_GPUS=${NUM_GPUS:-8}              # on each node
-GLOBAL_BATCH=${GLOBAL_BATCH:-65536}   # samples in an optimiser step, over all processes
-ITERATIONS=${ITERATIONS:-200000}      # optimiser steps; samples seen = ITERATIONS x GLOBAL_BATCH
-CHECKPOINTS=${CHECKPOINTS:-100}       # an "epoch" is samples seen / CHECKPOINTS
-REINFORCEMENT_CONFIG=${REINFORCEMENT_CONFIG:-$(dirname "${BASH_SOURCE[0]}")/datacompdr1b.json}
-DISTILL_LOGIT_SCALE=${DISTILL_LOGIT_SCALE:-100}
-DISTILL_TEACHER_DIMENSION=${DISTILL_TEACHER_DIMENSION:-768 768}
-case $MODEL in # contrastive, distillation
-    *MobileCLIP-S* | *mobileclip_s*) DISTILL_LOSS_WEIGHTS=${DISTILL_LOSS_WEIGHTS:-0.0 1.0} ;;
-    *) DISTILL_LOSS_WEIGHTS=${DISTILL_LOSS_WEIGHTS:-0.25 0.75} ;;
+NAME=${NAME:-run_datacompdr1B}          # name of the run, and of its folder in LOGS
+NUM_NODES=${NUM_NODES:-16}              # number of nodes
+NUM_GPUS=${NUM_GPUS:-8}                 # GPUs on each node; 0: use the CPU
+GLOBAL_BATCH=${GLOBAL_BATCH:-65536}     # samples in an optimizer step, over all processes
+ITERATIONS=${ITERATIONS:-200000}        # optimizer steps of the run
+CHECKPOINTS=${CHECKPOINTS:-100}         # checkpoints of the run; the interval is an "epoch"
+REINFORCEMENT_CONFIG=${REINFORCEMENT_CONFIG:-} # config of the data set; empty: datacompdr1b.json
+DISTILL_LOGIT_SCALE=${DISTILL_LOGIT_SCALE:-100} # logit scale of the teachers
+DISTILL_TEACHER_DIMENSION=${DISTILL_TEACHER_DIMENSION:-768 768} # widths of the teachers' embeddings
+DISTILL_LOSS_WEIGHTS=${DISTILL_LOSS_WEIGHTS:-} # contrastive, distillation; empty: as published
+DATA=${DATA:-}                          # training shards; empty: all of DataCompDR-1B
+
+case $MODEL in # the published weights
+    *MobileCLIP-S* | *mobileclip_s* | *MobileCLIP2* | *mobileclip2*) weights="0.0 1.0" ;;
+    *) weights="0.25 0.75" ;;
 esac
-# Training shards, braces as in WebDataset.
-DATA=${DATA:-"$DATASETS/DataCompDR-1B/{{00..64}/{00000000..00000999},65/{00000000..00000535}}.tar"}
+[ -n "$DISTILL_LOSS_WEIGHTS" ] || DISTILL_LOSS_WEIGHTS=$weights
+[ -n "$REINFORCEMENT_CONFIG" ] ||
+    REINFORCEMENT_CONFIG=$(dirname "${BASH_SOURCE[0]}")/datacompdr1b.json
+[ -n "$DATA" ] ||
+    DATA="$DATASETS/DataCompDR-1B/{{00..64}/{00000000..00000999},65/{00000000..00000535}}.tar"
 
 # --- steps ----------------------------------------------------------------------------------------
 require_shards scripts/join_datacompdr1b.sh

@@ -184,14 +184,18 @@ def test_sampling_without_replacement_and_step_checkpoints_are_a_setting_away(
     assert given["--save-every-n-steps"] == ["500"] and given["--max-skipped-fraction"] == ["0.02"]
 
 
-def test_mobileclip_s_models_distill_only_in_the_1b_recipe(tree, machine):
+@pytest.mark.parametrize(
+    "model", ["MobileCLIP-S2", "MobileCLIP2-B", "MobileCLIP2-S4", "MobileCLIP-B"]
+)
+def test_loss_weights_of_the_1b_recipe_are_those_published_for_the_model(tree, machine, model):
     environ, folder = machine
-    done = run(
-        ["bash", tree / "configs" / "run_datacompdr1B.sh"],
-        env={**environ, "MODEL": "MobileCLIP-S2"},
-        cwd=folder,
-    )
-    assert arguments(done.stdout)["--distill-loss-weights"] == ["0.0", "1.0"]
+    script = ["bash", tree / "configs" / "run_datacompdr1B.sh"]
+    expected = ["0.25", "0.75"] if model == "MobileCLIP-B" else ["0.0", "1.0"]
+    done = run(script, env={**environ, "MODEL": model}, cwd=folder)
+    assert arguments(done.stdout)["--distill-loss-weights"] == expected
+    own = {**environ, "MODEL": model, "DISTILL_LOSS_WEIGHTS": "0.5 0.5"}
+    done = run(script, env=own, cwd=folder)
+    assert arguments(done.stdout)["--distill-loss-weights"] == ["0.5", "0.5"]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +255,12 @@ def test_plain_training_takes_the_joined_shards_where_there_are_no_others(tree, 
 
 
 @pytest.mark.parametrize("script", RECIPES)
-def test_help_says_what_it_does_and_needs(script):
+def test_help_says_what_it_does_and_needs_and_lists_all_settings(script):
     done = run(["bash", ROOT / "configs" / script, "--help"])
     assert done.returncode == 0 and "Needs:" in done.stdout and "Writes:" in done.stdout
+    listed = set(re.findall(r"^  ([A-Z0-9_]+)=", done.stdout, re.MULTILINE))
+    texts = [(ROOT / "configs" / name).read_text() for name in (script, "launch.sh")]
+    settings = {
+        name for text in texts for name in re.findall(r"^([A-Z0-9_]+)=\$\{\1:?-", text, re.M)
+    }
+    assert listed == settings and {"NUM_NODES", "DATA", "LR", "IMAGENET_VAL"} < listed
