@@ -5,7 +5,7 @@
     python hf_dataset_example.py --shard datasets/DataCompDR-12M/shards/00000000.tar --index 3
 
 Needs `pip install -e .`. Without --shard it transfers a few hundred KB of a shard, and downloads
-one image from its own address. A sample whose link is dead is skipped, and the next one is tried.
+one image from its own URL. A sample whose link is dead is skipped, and the next one is tried.
 """
 
 import argparse

@@ -68,7 +68,7 @@ tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -n "$DATASETS" ] || DATASETS=$(dirname "$tree")/datasets
 "$PYTHON" -c 'import braceexpand, importlib.util; assert importlib.util.find_spec("torch")' \
     2>/dev/null || obstacle "'$PYTHON' has no torch or no braceexpand: activate the environment" \
-    "in which the recipe is installed, or set PYTHON to its python"
+    "in which this package is installed, or set PYTHON to its python"
 
 # --- steps ----------------------------------------------------------------------------------------
 # require_shards SCRIPT: check that the first and the last shard of DATA exist; SCRIPT makes them.

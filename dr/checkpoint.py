@@ -100,7 +100,7 @@ def fetch_latest(remote: str, folder: str) -> None:
     """Download the most advanced readable checkpoint of a remote folder.
 
     Args:
-        remote: address that fsspec understands, such as ``s3://bucket/runs/NAME/checkpoints``.
+        remote: URL that fsspec understands, such as ``s3://bucket/runs/NAME/checkpoints``.
         folder: where to put the checkpoint. Nothing is downloaded if it is there already.
 
     Raises:
@@ -123,7 +123,7 @@ def fetch_latest(remote: str, folder: str) -> None:
     except Exception as error:  # of any storage and its client
         raise SystemExit(
             f"error: --remote-sync {remote} can't be read to resume from: "
-            f"{type(error).__name__}: {error}. Check the address and the credentials, or install "
+            f"{type(error).__name__}: {error}. Check the URL and the credentials, or install "
             "the client that fsspec needs for it (s3fs for s3://)."
         ) from error
 

@@ -4,15 +4,16 @@
         --shards-of datasets/DataCompDR-1B-noimage --output datasets/DataComp-1B --memory 64GB
 
 DataCompDR-1B has no original captions. They are in the metadata of DataComp-1B (columns `uid` and
-`text`), in another order. For each reinforcement shard this writes a shard of the same name with
-`<uid>.txt`, in the same order. The join takes the output as its captions: DATACOMP1B_PATH of
-join_datacompdr1b.sh, or any --source. Needs DuckDB 2, this repository's extra `captions`.
+`text`), in another order. For each reinforcement shard the script writes a shard of the same name
+with `<uid>.txt`, in the same order. join_datacompdr1b.sh reads this output as DATACOMP1B_PATH, and
+join_shards.py as a --source. The script needs DuckDB 2 (pip install 'duckdb>=2').
 
 There are three stages. Each keeps files, so an interrupted run continues when it is run again:
     1. uids: read the headers of each reinforcement shard; keep its uids in a parquet file.
-    2. join: for a part of the shards at a time, DuckDB reads all metadata, joins it with the uids,
-       sorts by shard and position, and writes a parquet file. What exceeds --memory is spilled to
-       --temp. A part has --part samples: by default one per 32 bytes of --memory, at most 250 M.
+    2. lookup (`join` in the report): for a group of shards at a time, DuckDB reads all metadata,
+       looks up the uids, sorts the captions by shard and position, and writes a parquet file. Data
+       that exceed --memory are written to --temp meanwhile ("spilled"). A group has about --part
+       samples: by default one for each 32 bytes of --memory, at most 250 million.
     3. shards: write tars from that file, which is removed when all of its shards are done.
 Finished shards are skipped while the reinforcement shard and the metadata files (names, sizes,
 times) are the same. The same sources give the same bytes for any --memory, --part and --threads.
@@ -20,11 +21,12 @@ times) are the same. The same sources give the same bytes for any --memory, --pa
 uids are compared as 128-bit numbers: 32 hex digits in upper or lower case, with or without dashes,
 are one uid, spelled in the output as in the reinforcement shard. Other uids are compared by MD5.
 
-Skipped, and counted in the report: uids that the metadata lacks, and uids whose captions are all
-null or blank. Of several rows with one uid, the first caption in byte order is used and the others
-are counted (only for uids in a shard). A caption of over 16 KB is cut to 4,096 characters, many
-times what a tokenizer reads. Bytes that are not UTF-8 become `?`. A shard without any caption fails
-like a damaged one: with one line, and the others go on.
+These samples are skipped and counted in the report: those whose uid is not in the metadata, and
+those whose captions are all null or blank. Of several rows with one uid, the first caption in byte
+order is used and the others are counted (only for uids in a shard). A caption of over 16 KB is
+stored cut to 4,096 characters, many times what a tokenizer reads. Bytes that are not UTF-8 become
+`?`. A shard without any caption fails like a damaged one, with an error message of one line, and
+the others are written.
 
 Outputs
     <shard>.tar             `<uid>.txt` of each sample that has a caption
@@ -32,12 +34,12 @@ Outputs
     .captions/              uids of each shard (0.4 MB), records, work in progress
 Several machines can share the work: give each its own --shards and --temp.
 
-Meant for one machine and one or two billion rows: docs/caption-shards.md has measurements, and what
-DataCompDR-1B takes. The join takes 0.1 to 0.25 GB besides --memory, which must hold a page of the
-metadata and several times 20,480 captions for each thread: the least, 200MB, is enough for captions
-of 256 bytes on average, not for a kilobyte.
+The script is meant for one machine and one or two billion rows. --memory must be at least 200MB,
+and more if captions are longer than 256 bytes on average; the process takes up to 0.25 GB more. In
+the whole of DataCompDR-1B, reading the uids takes 15 hours of one core, the lookup an hour on 2
+cores, and the output 1.3 TB (estimated).
 
-Does not detect captions whose text has changed since they were embedded.
+The script does not detect captions whose text has changed since they were embedded.
 """
 
 import argparse
@@ -73,8 +75,8 @@ except ImportError:
     duckdb = None  # type: ignore[assignment]
 
 VERSION = 1  # of the bytes written; a higher one has finished shards made again
-MEMORY_A_SAMPLE = 32  # bytes of --memory for each sample of a part; 20 also worked for 10 M samples
-MAX_PART = 250_000_000  # samples by default; each shard is read by the part's footer, which grows
+MEMORY_A_SAMPLE = 32  # bytes of --memory for each sample of a group; 20 also worked for 10 M
+MAX_PART = 250_000_000  # samples by default; each shard is read by the group's footer, which grows
 MAX_CAPTION = 16 << 10  # bytes; a longer caption is cut
 CUT_CAPTION = 4096  # characters, thus at most MAX_CAPTION bytes
 ROW_GROUP = 20480  # rows, about those of a shard, so that reading a shard decodes little else
@@ -83,7 +85,7 @@ WILDCARDS = set("*?[")  # in a path, for DuckDB
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 REPORT = "caption_report.json"
 
-JOIN = """
+LOOKUP = """
 COPY (
     WITH wanted AS (
         SELECT (file_index::BIGINT << 32) + file_row_number AS place, {key} AS key
@@ -196,7 +198,7 @@ def list_uids(name: str, source: Source, output: Path) -> Result:
         open_files.close()
 
 
-# --- stage 2: join --------------------------------------------------------------------------------
+# --- stage 2: lookup ------------------------------------------------------------------------------
 def find_metadata(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
@@ -244,11 +246,11 @@ def hash_of(*values: object) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
-def split_parts(listed: Sequence[Result], size: int) -> list[list[Result]]:
-    """Split the listed shards into runs of about ``size`` samples."""
+def split_groups(listed: Sequence[Result], size: int) -> list[list[Result]]:
+    """Split the listed shards into groups of about ``size`` samples."""
     before = accumulate((result["samples"] for result in listed), initial=0)
     numbered = groupby(zip(before, listed, strict=False), key=lambda pair: pair[0] // size)
-    return [[result for _, result in part] for _, part in numbered]
+    return [[result for _, result in group] for _, group in numbered]
 
 
 def size_of(file: Path) -> int:
@@ -279,25 +281,25 @@ def watch_query(connection: Any, spill: Path, bar: tqdm, report: dict[str, Any])
             watcher.join()
 
 
-def join_part(
+def look_up_group(
     path: Path,
-    part: Sequence[Result],
+    group: Sequence[Result],
     files: Sequence[Path],
     rows: int,
     args: argparse.Namespace,
     report: dict[str, Any],
 ) -> None:
-    """Write the captions of a part's shards to ``path``: (place, text, cut), sorted by place.
+    """Write the captions of a group of shards to ``path``: (place, text, cut), sorted by place.
 
-    A place is the shard's number in the part, in the upper half of 64 bits, and the sample's
+    A place is the shard's number in the group, in the upper half of 64 bits, and the sample's
     position in the shard. ``files`` have ``rows`` rows.
     """
-    samples, spill = sum(result["samples"] for result in part), args.work / "spill"
-    lists = [str(work_path(args.output, result["shard"], "uids.parquet")) for result in part]
+    samples, spill = sum(result["samples"] for result in group), args.work / "spill"
+    lists = [str(work_path(args.output, result["shard"], "uids.parquet")) for result in group]
     values = {"lists": lists, "metadata": [str(file) for file in files]}
 
     def write(file: BinaryIO) -> None:
-        query = JOIN.format(
+        query = LOOKUP.format(
             key=KEY,
             samples=samples,
             rows=rows,
@@ -308,7 +310,7 @@ def join_part(
         )
         with (
             contextlib.closing(connect(args.memory, args.threads, spill)) as connection,
-            tqdm(total=100, desc=f"join of {samples:,} samples", unit="%") as bar,
+            tqdm(total=100, desc=f"lookup of {samples:,} samples", unit="%") as bar,
         ):
             # The order of the files takes memory, and ORDER BY sets another one.
             connection.execute("SET preserve_insertion_order = false")
@@ -332,12 +334,12 @@ def read_record(name: str, made: dict[str, Any], output: Path) -> dict[str, Any]
 
 
 def read_captions(
-    joined: Path, number: int, counts: Counter[str]
+    found: Path, number: int, counts: Counter[str]
 ) -> dict[int, tuple[str | None, bool]]:
     """The caption (None: all are blank) and whether it was cut, by position in the shard."""
     captions: dict[int, tuple[str | None, bool]] = {}
     query = "SELECT place - $2, text, cut FROM read_parquet($1) WHERE place >= $2 AND place < $3"
-    rows = connect_worker().execute(query, [str(joined), number << 32, (number + 1) << 32])
+    rows = connect_worker().execute(query, [str(found), number << 32, (number + 1) << 32])
     while batch := rows.fetchmany(10_000):
         for position, text, cut in batch:
             counts["duplicates in the metadata"] += position in captions
@@ -347,15 +349,15 @@ def read_captions(
     return captions
 
 
-def write_captions(item: tuple[int, str, dict[str, Any]], joined: Path, output: Path) -> Result:
-    """Write the captions of a shard ``(number, name, made)`` from a joined part."""
+def write_captions(item: tuple[int, str, dict[str, Any]], found: Path, output: Path) -> Result:
+    """Write the captions of a shard ``(number, name, made)`` from the file of its group."""
     number, name, made = item
     try:
         query = "SELECT uid FROM read_parquet($1)"
         lists = str(work_path(output, name, "uids.parquet"))
         uids = [uid for (uid,) in connect_worker().execute(query, [lists]).fetchall()]
         counts: Counter[str] = Counter()
-        captions = read_captions(joined, number, counts)
+        captions = read_captions(found, number, counts)
         counts["without: not in the metadata"] = len(uids) - len(captions)
         counts["without: an empty caption"] = sum(text is None for text, _ in captions.values())
         counts["long captions cut"] = sum(cut for _, cut in captions.values())
@@ -383,7 +385,7 @@ def write_captions(item: tuple[int, str, dict[str, Any]], joined: Path, output: 
 # --- all stages -----------------------------------------------------------------------------------
 @contextlib.contextmanager
 def open_work_folder(path: Path) -> Iterator[None]:
-    """A folder for one run at a time, emptied of all but joined parts."""
+    """A folder for one run at a time, emptied of all but the files of groups."""
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "lock", "w") as lock:
         try:
@@ -439,19 +441,19 @@ def make_captions(
     args: argparse.Namespace,
     report: dict[str, Any],
 ) -> None:
-    """Stages 2 and 3, part by part; adds to the report."""
+    """Stages 2 and 3, group by group; adds to the report."""
     stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     metadata = hash_of(stamps)
-    parts = {
-        args.work / f"part-{hash_of(VERSION, metadata, part)}.parquet": part
-        for part in split_parts(listed, args.part)
+    groups = {
+        args.work / f"part-{hash_of(VERSION, metadata, group)}.parquet": group
+        for group in split_groups(listed, args.part)
     }
-    for old in set(args.work.glob("part-*.parquet")) - parts.keys():
+    for old in set(args.work.glob("part-*.parquet")) - groups.keys():
         old.unlink()
     with tqdm(total=len(listed), desc="shards", unit=" shards") as bar:
-        for joined, part in parts.items():
+        for found, group in groups.items():
             todo = []
-            for number, result in enumerate(part):
+            for number, result in enumerate(group):
                 name = result["shard"]
                 made = {"version": VERSION, "metadata": metadata, "shard": result["stamp"]}
                 if record := read_record(name, made, args.output):
@@ -459,25 +461,26 @@ def make_captions(
                     bar.update()
                 else:
                     todo.append((number, name, made))
-            if todo and not joined.exists():
+            if todo and not found.exists():
                 with measure_stage("join", report):
-                    join_part(joined, part, files, rows, args, report)
+                    look_up_group(found, group, files, rows, args, report)
             states = set()
-            write = functools.partial(write_captions, joined=joined, output=args.output)
+            write = functools.partial(write_captions, found=found, output=args.output)
             with measure_stage("shards", report):
                 for result in run_all(write, todo, args.threads):
                     add_result(result, report, bar)
                     states.add(result["state"])
                     bar.update()
             if "failed" not in states:
-                joined.unlink(missing_ok=True)
+                found.unlink(missing_ok=True)
 
 
 def format_report(report: Mapping[str, Any]) -> str:
     rows = [("captions", report["samples"]), *sorted(report["counts"].items(), reverse=True)]
     for state, number in sorted(report["shards"].items(), reverse=True):
         rows.append((f"shards {state}", number))
-    seconds = ", ".join(f"{stage} {number:.0f}" for stage, number in report["seconds"].items())
+    stages = {"lookup" if name == "join" else name: n for name, n in report["seconds"].items()}
+    seconds = ", ".join(f"{stage} {number:.0f}" for stage, number in stages.items())
     memory = f"{report['peak_bytes'] / 1e9:.2f} GB of memory"
     spilled = f"{report['spilled_bytes'] / 1e9:.2f} GB spilled"
     return f"{format_table(rows)}\nseconds: {seconds}; {memory}, {spilled}"
@@ -505,19 +508,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, cores = parser.add_argument, os.cpu_count() or 1
-    text = "parquet files with the columns uid and text"
+    text = "parquet files with the columns uid and text: a folder, or a pattern"
     add("--metadata", required=True, metavar="DIR|GLOB", help=text)
-    text = "reinforcement shards: a folder, or a brace pattern"
+    text = "reinforcement shards: a folder, or a brace pattern of their paths"
     add("--shards-of", required=True, metavar="DIR|PATTERN", help=text)
-    add("--shards", metavar="PATTERN", help="brace pattern of names; default: all shards")
+    text = "brace pattern of the names of the shards to write; default: all"
+    add("--shards", metavar="PATTERN", help=text)
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the caption shards")
-    text = "memory that the join may take; default %(default)s"
+    text = "memory of the lookup, such as 64GB; default %(default)s"
     add("--memory", type=parse_memory, default="8GB", help=text)
-    text = "folder for what the join spills; default: in the output folder"
+    text = "folder for data that exceed --memory; default: in the output folder"
     add("--temp", type=Path, metavar="DIR", help=text)
-    text = "threads of the join, and processes of the other stages; default %(default)s"
+    text = "threads of the lookup, and processes of the other stages; default: one for each core"
     add("--threads", type=int, default=cores, help=text)
-    text = "samples to join at a time; default: --memory / 32 bytes, at most 250 M"
+    text = "samples to look up at a time; default: --memory / 32 bytes, at most 250 million"
     add("--part", type=int, metavar="N", help=text)
     args = parser.parse_args(arguments)
     if args.part is None:

@@ -4,17 +4,18 @@
     python scripts/download_images.py --input datasets/DataComp-12M \\
         --reinforcements datasets/DataCompDR-12M-noimage --output datasets/DataComp-12M-images
 
---input is the shards with `url.txt`. The sha256 of the image that was embedded is in the `json` of
---reinforcements, or else of the input. Images that have changed since are skipped, as their stored
-embeddings would be wrong.
+--input are the shards with `url.txt`. The sha256 of the image that was embedded is in the `json` of
+--reinforcements, or else of the input. Images that have changed since are skipped, because their
+stored embeddings would be wrong.
 
-Each shard becomes one image shard of the same name, so image shards stay aligned with the others.
-Images have DataComp's settings: jpg, at most 512 pixels on the longer side. Unlike DataComp's own
-download, this one does not blur faces: the shards do not say where they are.
+For each input shard the script writes one image shard of the same name, so image shards stay
+aligned with the others. Images have DataComp's settings: jpg, at most 512 pixels on the longer
+side. Unlike DataComp's own download, the script does not blur faces, because the shards do not
+contain their positions.
 
 Outputs
     <shard>.tar            <uid>.jpg, and <uid>.json: uid, url, sha256 (as downloaded), width, …
-    <shard>.parquet        all samples: uid, url, outcome, error_message, sha256, expected_sha256, …
+    <shard>.parquet        all samples: uid, url, outcome, error_message, expected_sha256, …
     <shard>_stats.json     counts, seconds
     download_report.json   the table that is printed, over all shards of the folder
     img2dataset.log        output of img2dataset
@@ -24,17 +25,17 @@ The outcome of a sample is one of
     downloaded    it is in the tar
     dead          no such host or page, a server's error, no answer in time, an answer cut off
     changed       an image, but its sha256 is not the expected one
-    refused       by the server (HTTP 401, 403, 429, 451; X-Robots-Tag: noai, noindex, …), or here:
-                  an address or redirect that is not http or https, an answer over MAX_BYTES
+    refused       by the server (HTTP 401, 403, 429, 451; X-Robots-Tag: noai, noindex, …), or by
+                  the script: a URL or redirect that is not http or https, an answer over 20 MiB
     undecodable   not an image that OpenCV reads, such as a web page
 
-Run it again at any time. A shard gets its name when it is complete; after a killed run, shards that
-img2dataset had finished are kept and the others start again. Several runs may share an output
-folder; give each its own --shards. To download a shard again, remove its tar.
+Run the script again at any time. A shard gets its name when it is complete; after a killed run, the
+shards that img2dataset had finished are kept and the others start again. Several runs may share an
+output folder; give each its own --shards. To download a shard again, remove its tar.
 
-Addresses come from strangers: only http and https are used, and answers are bounded in bytes,
-seconds and pixels. Does not keep requests from your own network: an address may lead to a machine
-next to yours (only images are kept), so run it where that does no harm.
+The URLs come from strangers: only http and https are used, and answers are limited in bytes,
+seconds and pixels, and only images are kept. The script does not block requests to your own
+network: a URL may lead to a machine next to yours, so run it where such requests can do no harm.
 """
 
 import argparse
@@ -96,7 +97,7 @@ REFUSED = re.compile(
 # Bytes of an answer. img2dataset holds twice as many answers in memory as it has threads, 256 by
 # default: at worst 5 GB a process, and 8 GB while the last half is copied.
 MAX_BYTES = 20 << 20
-MAX_SECONDS = 120  # of an address with its redirects; a slow server would hold up its shard
+MAX_SECONDS = 120  # of a URL with its redirects; a slow server would hold up its shard
 MAX_PIXELS = 1 << 28  # of an image; 0.8 GB once decoded
 MAX_URL = 1 << 16  # bytes
 
@@ -134,7 +135,7 @@ def run_fetch(arguments: dict[str, Any]) -> None:
     img2dataset.download(**arguments)
 
 
-# --- before img2dataset: a list of addresses for each shard ---------------------------------------
+# --- before img2dataset: a list of URLs for each shard --------------------------------------------
 class ShardFiles(NamedTuple):
     """The files of a shard. The names of the stats and in the work folder are img2dataset's."""
 
@@ -175,8 +176,8 @@ def write_list(
         for uid, members in contents.samples.items():
             if uid in contents.refused:
                 continue
-            address = members.get("url.txt")
-            url = address.read().strip() if address and address.size <= MAX_URL else b""
+            stored = members.get("url.txt")
+            url = stored.read().strip() if stored and stored.size <= MAX_URL else b""
             if not url:
                 without_url += 1
                 continue
@@ -189,7 +190,7 @@ def write_list(
             rows.append((uid, text, sha256))
         if not rows:
             raise ShardError(
-                f"has no addresses (url.txt): {without_url} samples without, {unusable} unusable"
+                f"has no URLs (url.txt): {without_url} samples without, {unusable} unusable"
             )
         columns = dict(zip(("uid", "url", "expected_sha256"), zip(*rows, strict=True), strict=True))
         schema = pyarrow.schema([(column, pyarrow.string()) for column in columns])
@@ -309,7 +310,7 @@ class Progress(tqdm):
     def add(self, stats: dict[str, Any]) -> None:
         self.samples += stats["count"]
         self.images += stats["outcomes"]["downloaded"]
-        self.set_postfix_str(f"{self.images:,} images of {self.samples:,} addresses", refresh=False)
+        self.set_postfix_str(f"{self.images:,} images of {self.samples:,} URLs", refresh=False)
         self.update()
 
     def fail(self, name: str, reason: str) -> None:
@@ -388,7 +389,7 @@ def run_batch(
     args: argparse.Namespace,
     bar: Progress,
 ) -> None:
-    """List the addresses of some shards, have img2dataset download them, and finish the shards."""
+    """List the URLs of some shards, have img2dataset download them, and finish the shards."""
     with claim_batch(args.output) as batch:
         items = [(batch / "lists" / f"{i:08d}.parquet", name) for i, name in enumerate(names)]
         verify = not args.no_verify_hash
@@ -495,8 +496,8 @@ def format_report(report: dict[str, Any], output: Path) -> str:
     labels = {"changed": "changed (sha256 differs)"}
     rows = [(labels.get(name, name), report["outcomes"][name]) for name in OUTCOMES]
     for label, count in (
-        ("without an address in the shard", report["without_url"]),
-        ("unusable in the shard (uid, json, name or address)", report["unusable"]),
+        ("without a URL in the shard", report["without_url"]),
+        ("unusable in the shard (uid, json, name or URL)", report["unusable"]),
         ("downloaded, no sha256 to compare", report["unverified"]),
     ):
         if count:
@@ -546,25 +547,32 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, source = parser.add_argument, "DIR|PATTERN"
-    add("--input", required=True, metavar=source, help="shards with url.txt")
+    text = "shards with url.txt: a folder, or a pattern"
+    add("--input", required=True, metavar=source, help=text)
     text = "shards with the sha256 in their json; default: the input"
     add("--reinforcements", metavar=source, help=text)
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the image shards")
     text = (
-        "by number (1003 is 01/00000003.tar of DataCompDR-1B), or a pattern of names; default: all"
+        "shards to download: numbers (1003 is 01/00000003.tar of DataCompDR-1B), or a pattern of "
+        "names; default: all"
     )
     add("--shards", metavar="A-B|PATTERN", help=text)
-    add("--no-verify-hash", action="store_true", help="keep images that have changed")
+    text = "keep images that have changed since they were embedded"
+    add("--no-verify-hash", action="store_true", help=text)
     cores = min(16, os.cpu_count() or 1)
-    add("--processes", type=int, default=cores, help="number of processes; default %(default)s")
+    text = "number of processes; default: one for each core, up to 16"
+    add("--processes", type=int, default=cores, help=text)
     text = "downloads at a time in each process; default %(default)s"
     add("--threads", type=int, default=128, help=text)
     text = "seconds that a server may be silent; default %(default)s"
     add("--timeout", type=int, default=10, help=text)
-    text = "further tries for an address that failed; default %(default)s"
+    text = "further tries for a URL that failed; default %(default)s"
     add("--retries", type=int, default=1, help=text)
     names = ["multiprocessing", "pyspark", "ray"]
-    text = "img2dataset's; with pyspark and ray all machines need img2dataset and the output folder"
+    text = (
+        "how img2dataset runs; default %(default)s. For pyspark and ray, all machines need "
+        "img2dataset and the output folder"
+    )
     add("--distributor", choices=names, default=names[0], help=text)
     text = f"shards in one run of img2dataset; default {SHARDS_PER_PROCESS} for each process"
     add("--batch", type=int, help=text)

@@ -4,29 +4,37 @@
 #
 #     bash scripts/download_images.sh [--1b] [--shards A-B] [further options]
 #
-#     --shards A-B             only these, counted from 0; for DataCompDR-1B, 1003 is
-#                              01/00000003.tar. Default: all
-#     --processes N            default: one for each core, up to 16
-#     --threads N              downloads at a time in each process, default 128
-#     --timeout SECONDS        to wait for a server, default 10
-#     --retries N              further tries for an address that failed, default 1
-#     --distributor NAME       img2dataset's: multiprocessing (default), pyspark or ray (install it
-#                              in img2dataset's environment)
+#     --shards A-B             download only these shards, counted from 0; for DataCompDR-1B, 1003
+#                              is 01/00000003.tar. Default: all
+#     --processes N            number of processes; default: one for each core, up to 16
+#     --threads N              downloads at a time in each process; default 128
+#     --timeout SECONDS        how long a server may be silent; default 10
+#     --retries N              further tries for a URL that failed; default 1
+#     --batch N                shards in one run of img2dataset; default 8 for each process
+#     --distributor NAME       how img2dataset runs: multiprocessing (default), pyspark or ray
+#                              (install it in img2dataset's environment)
 #     --no-verify-hash         keep images that have changed since they were embedded
 #
-# Needs the shards that hold the addresses. For DataComp-12M these are the captions
-# (DATACOMP12M_PATH), and for the sha256 of the embedded images the reinforcements
-# (DATACOMPDR12M_NOIMG_PATH). For DataCompDR-1B the reinforcements (DATACOMPDR1B_NOIMG_PATH) hold
-# both. img2dataset comes from PyPI. Its requirements conflict with training's, so it is installed
-# in an environment of its own, .venv-img2dataset (0.8 GB), unless IMG2DATASET_PYTHON or the active
-# environment has it.
-# Writes shards of the same names to DATACOMP12M_IMAGES_PATH or DATACOMP1B_IMAGES_PATH, and prints a
-# table of the results. A .parquet next to each tar lists each sample as downloaded, dead, changed,
-# refused or undecodable (see scripts/download_images.py). Run it again at any time: finished shards
-# are not downloaded again.
+# The script reads the shards that contain the image URLs. For DataComp-12M these are the caption
+# shards; the sha256 of the embedded images is in the reinforcement shards. For DataCompDR-1B the
+# reinforcement shards contain both. img2dataset comes from PyPI. Its requirements conflict with
+# training's, so it is installed in an environment of its own, .venv-img2dataset (0.8 GB), unless
+# the active environment has it.
 #
-# Default folders are relative to the repository's root; folders that you set, to the current
-# folder.
+# The script writes image shards of the same names, and prints a table of the results. A .parquet
+# next to each tar lists the outcome of each sample: downloaded, dead, changed, refused or
+# undecodable. Run the script again at any time: finished shards are not downloaded again.
+#
+# Settings (environment variables) and their defaults:
+#     DATACOMP12M_PATH            caption shards with the URLs; datasets/DataComp-12M
+#     DATACOMPDR12M_NOIMG_PATH    reinforcement shards; datasets/DataCompDR-12M-noimage
+#     DATACOMP12M_IMAGES_PATH     output; datasets/DataComp-12M-images
+#     DATACOMPDR1B_NOIMG_PATH     with --1b: reinforcement shards; datasets/DataCompDR-1B-noimage
+#     DATACOMP1B_IMAGES_PATH      with --1b: output; datasets/DataComp-1B-images
+#     IMG2DATASET_PYTHON          a Python that has img2dataset; default: found or installed
+#     IMG2DATASET_VENV            environment to install it into; .venv-img2dataset
+# The default folders are at the repository's root. Relative paths that you set are relative to the
+# current folder.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -52,7 +60,7 @@ for argument in "$@"; do
     esac
 done
 
-# --- folders of the addresses, the sha256 and the images ------------------------------------------
+# --- folders of the URLs, the sha256 and the images -----------------------------------------------
 if [ -n "$one_b" ]; then
     input=DATACOMPDR1B_NOIMG_PATH output=DATACOMP1B_IMAGES_PATH from="scripts/download_datacompdr12m.sh --1b"
 else

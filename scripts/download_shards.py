@@ -454,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()  # errors are reported here
     endpoint = urlsplit(constants.ENDPOINT)
     if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
-        raise SystemExit("HF_ENDPOINT is no address such as https://huggingface.co")
+        raise SystemExit("HF_ENDPOINT is no URL such as https://huggingface.co")
     if not re.fullmatch(r"[\x21-\x7e]*", get_token() or ""):
         raise SystemExit("HF_TOKEN holds a space or a character that no token has: set it again")
 

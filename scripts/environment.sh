@@ -1,11 +1,11 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: the Python environment in which they run.
 #
-# use_environment EXTRA[,EXTRA]: take the active virtual environment, or make .venv at the
-# repository's root, and install the recipe there with the given extras of pyproject.toml. Sets
-# PYTHON. In .venv the versions are those that the tests ran on, if tests/ has a list for this
-# Python. In your own environment pyproject.toml's ranges apply, so that your torch stays. Run
-# again, it installs only after a change.
+# use_environment EXTRA[,EXTRA]: use the active virtual environment, or make .venv at the
+# repository's root if none is active. Install this package there with the given extras of
+# pyproject.toml, and set PYTHON. If no environment is active, the versions are those that the tests
+# ran on, where tests/ has a list for this Python. In an active environment, also .venv, the ranges
+# of pyproject.toml apply, so that your torch stays. Run again, it installs only after a change.
 
 use_environment() {
     local root extras=$1 version constraints=()
@@ -28,7 +28,7 @@ use_environment() {
     local stamp=$VIRTUAL_ENV/.recipe-$extras wanted
     wanted="$(cat "$root/pyproject.toml" "${constraints[@]:1}" | git hash-object --stdin) $root"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        echo "installing the recipe ($extras) into $VIRTUAL_ENV"
+        echo "installing this package ($extras) into $VIRTUAL_ENV"
         "$PYTHON" -m pip install --quiet --disable-pip-version-check "${constraints[@]}" \
             -e "${root}[$extras]"
         echo "$wanted" >"$stamp"

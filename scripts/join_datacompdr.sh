@@ -7,7 +7,7 @@
 
 SHARDS=${SHARDS:-}   # brace pattern of names; empty: all shards of the reinforcements
 WORKERS=${WORKERS:-} # processes; empty: one for each core, up to 8
-# 1: the image shards have other names or boundaries than the others; an index finds each uid.
+# 1: the image shards have other names, or are split at other samples; an index finds each uid.
 IMAGES_UNALIGNED=${IMAGES_UNALIGNED:-}
 PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
 # .venv is made by quickstart.sh and test.sh.
@@ -24,7 +24,7 @@ join() { # join OPTION …
     case " $* " in
         *" -h "* | *" --help "*)
             sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "$0"
-            printf '\nFurther options (--source, --output, --shards and --workers are set above):\n\n'
+            printf '\nFurther options (the script sets --source, --output, --shards, --workers):\n\n'
             exec "$PYTHON" "$ROOT/scripts/join_shards.py" --help ;;
         *" --report "*) exec "$PYTHON" "$ROOT/scripts/join_shards.py" --output "${!OUTPUT}" --report ;;
     esac

@@ -4,18 +4,27 @@
 #
 #     bash scripts/join_datacompdr1b.sh [--verify-hash] [further options of scripts/join_shards.py]
 #
-# Needs three folders in the layout of DataCompDR-1B, 65 folders of 1,000 shards and one of 536:
-# captions (DATACOMP1B_PATH; empty: the image shards hold them), images as img2dataset writes them
-# (DATACOMP1B_IMAGES_PATH) and reinforcements (DATACOMPDR1B_NOIMG_PATH).
-# With IMAGES_UNALIGNED=1 the image shards may have other names or boundaries.
-# SHARDS='00/{00000000..00000007}.tar' joins only these, WORKERS=4 sets the number of processes.
-# Writes the same folders of joined tars to DATACOMPDR1B_PATH, with a sizes.json in each, and
-# join_report.json. Samples that lack one of the three are skipped; the report counts them. Run it
-# again at any time: finished shards are skipped, interrupted ones are made again.
+# Input: three folders, each with the subfolders of DataCompDR-1B, 65 of 1,000 shards and one of
+# 536. Output: the same subfolders of joined shards, with a sizes.json in each, and
+# join_report.json. Samples that lack an image, a caption or reinforcements are skipped; the report
+# counts them. Run the script again at any time: finished shards are skipped, interrupted ones are
+# made again.
 # scripts/join_slurm.sh runs it on several machines.
 #
-# Default folders are relative to the repository's root; folders that you set, to the current
-# folder.
+# Settings (environment variables) and their defaults:
+#     DATACOMP1B_PATH            caption shards; datasets/DataComp-1B; empty: the image shards
+#                                contain the captions
+#     DATACOMP1B_IMAGES_PATH     image shards, as img2dataset writes them;
+#                                datasets/DataComp-1B-images
+#     DATACOMPDR1B_NOIMG_PATH    reinforcement shards; datasets/DataCompDR-1B-noimage
+#     DATACOMPDR1B_PATH          output; datasets/DataCompDR-1B
+#     IMAGES_UNALIGNED           1: the image shards have other file names than the reinforcement
+#                                shards, or are split at other samples; default: they are the same
+#     SHARDS                     names of the shards to join, such as '00/{00000000..00000007}.tar';
+#                                default: all
+#     WORKERS                    number of processes; default: one for each core, up to 8
+# The default folders are at the repository's root. Relative paths that you set are relative to the
+# current folder.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

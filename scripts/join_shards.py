@@ -4,48 +4,51 @@
         --source datasets/DataComp-12M-images --source datasets/DataCompDR-12M-noimage \\
         --output datasets/DataCompDR-12M/shards --workers 8
 
-A joined shard holds, for each uid, the members from the shards of that name in all sources, as
+A joined shard contains, for each uid, the members from the shards of that name in all sources, as
 `<uid>.<extension>`. Shards in subfolders keep their subfolder. The samples keep the order of the
-source that holds reinforcements, else of the first source; further samples follow at the end. If
-image shards have other names or boundaries, give them as --unaligned-source: an index, built by the
-first run, finds each uid in them. Samples that only an unaligned source holds are ignored.
+source that contains reinforcements, otherwise of the first source; further samples follow at the
+end. If image shards have other file names than the other shards, or are split at other samples,
+give them as --unaligned-source: an index, built by the first run, finds each uid in them. Samples
+that are only in an unaligned source are ignored.
 
-Give captions, images, reinforcements, in this order. A member that two sources hold is written
-once. If the two differ, the earlier source's is used, and the report counts the other by extension.
-`json` always differs: img2dataset's is used, the reinforcements' has only uid and sha256.
+Give captions, images, reinforcements, in this order. A member that two sources contain is written
+once. If the two differ, the first source's member is written, and the report counts the other by
+extension. The `json` members always differ: that of the reinforcements has only uid and sha256, and
+img2dataset's has more fields.
 
-Skipped, and counted in the report by reason: samples without image, caption or reinforcement
-(--require sets which are needed), samples that one source holds twice with different contents, and
+These samples are skipped and counted by reason: samples without image, caption or reinforcements
+(--require changes this), samples that one source contains twice with different contents, and
 samples with an unreadable json, a name with a folder, or a member that is not a plain file. With
 --verify-hash also samples whose image has changed since its embeddings were computed.
 
-A shard fails, with one line, if a source lacks it, a tar is damaged or cut off, no sample would be
-left, or it cannot be written. The other shards are joined, and the exit status is 1. A damaged
-unaligned shard is reported, its samples count as having no image, and the exit status is 1.
+A shard fails, with an error message of one line, if a source does not have it, a tar is damaged or
+cut off, all samples are skipped, or it cannot be written. The other shards are joined, and the exit
+status is 1. A damaged unaligned shard is reported, its samples count as samples without image, and
+the exit status is 1.
 
 --embeddings bf16 rewrites float32 `npz` as `pth.gz` in bfloat16: 89 KB instead of 222 KB for a
 sample of 36 x 1536 numbers, each rounded to nearest even, by at most 0.4 % (see the join
-benchmark). It has to decode every npz, so it is slow, and is the only option that needs torch.
+benchmark). The script then has to decode every npz, so this is slow, and it needs torch.
 
 To use several machines, give each a --task-index and the same --task-count. They may write to one
-output folder and need no contact. scripts/join_slurm.sh runs such tasks as an array; --report
+output folder and do not communicate. scripts/join_slurm.sh runs such tasks as an array; --report
 merges their reports.
 
 Outputs
     <shard>.tar         plain ustar; the same bytes for any number of workers and tasks
     sizes.json          {shard: samples}, in each folder of shards, as OpenCLIP's loader reads it
     join_report.json    counts by reason, bytes, time; with several tasks only after --report
-    .joined/            records of what each shard was made from, reports of tasks, indexes
+    .joined/            records of the sources of each shard, reports of tasks, indexes
 
-Run it again at any time: only shards whose sources (size, time) or settings have changed are joined
-again. Finished shards do not need their sources any more. A shard gets its name when it is complete
-and on disk, so a killed run loses only unfinished shards. --recheck reads finished shards: every
-byte is compared with the sources; if a source was deleted, the tar must be whole and hold the
-recorded number of samples. Damaged shards are joined again.
+Run the script again at any time: only shards whose sources (size, time) or settings have changed
+are joined again. The sources of finished shards can be deleted. A shard gets its name when it is
+complete and on disk, so a killed run loses only unfinished shards. With --recheck the script reads
+finished shards: it compares every byte with the sources; if a source was deleted, the tar must be
+whole and contain the recorded number of samples. Damaged shards are joined again.
 
 A process takes 30 MB, and 0.8 KB for each sample of a shard, whatever the sizes of the members.
 
-Does not check that images and embeddings can be decoded: see scripts/verify_shards.py.
+The script does not check that images and embeddings can be decoded: scripts/verify_shards.py does.
 """
 
 import argparse
@@ -457,16 +460,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     source: dict[str, Any] = {"dest": "sources", "action": "append", "metavar": "DIR|PATTERN"}
     text = "folder of shards, or a pattern such as 'images/{0000..1023}.tar'; once for each source"
     add("--source", type=lambda text: (text, False), help=text, **source)
-    text = "the same, if its shards have other names or boundaries than those of the others"
+    text = "the same, if its shards have other file names, or are split at other samples"
     add("--unaligned-source", type=lambda text: (text, True), help=text, **source)
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the joined shards")
-    add("--shards", metavar="PATTERN", help="pattern of names; default: those in the last source")
-    cores = min(8, os.cpu_count() or 1)
-    add("--workers", type=int, default=cores, help="number of processes; default %(default)s")
+    text = "pattern of the names of the shards to join; default: those of the last --source"
+    add("--shards", metavar="PATTERN", help=text)
+    cores, text = min(8, os.cpu_count() or 1), "processes; default: one for each core, up to 8"
+    add("--workers", type=int, default=cores, help=text)
     needed = parser.add_mutually_exclusive_group()
-    text, all_parts = "what a sample must have; default %(default)s", ",".join(HOW_TO_GET)
+    text, all_parts = "parts that a sample must have; default %(default)s", ",".join(HOW_TO_GET)
     needed.add_argument("--require", default=all_parts, metavar="LIST", help=text)
-    needed.add_argument("--keep-incomplete", action="store_true", help="require nothing")
+    text = "join all samples, whatever they lack"
+    needed.add_argument("--keep-incomplete", action="store_true", help=text)
     text = "skip samples whose image has another sha256 than the one that was embedded"
     add("--verify-hash", action="store_true", help=text)
     add("--embeddings", choices=["bf16"], help="rewrite npz as pth.gz in bfloat16; default: copy")

@@ -6,15 +6,16 @@
 #   TREE       default: open_clip/ at this repository's root
 #   --check    write nothing; exit 1 if open_clip.patch differs from the tree's changes
 #
-# Compares the tree's tracked files with the pinned commit or, in a tree made from the wheels, with
-# the wheels' files. The patch is the same for both kinds of tree and for any git settings. It does
-# not cover configs/ and dr/: edit those here, not in the tree. Works on trees made by
-# scripts/setup_open_clip.sh and on trees made with the commands in docs/training.md.
+# The script compares the tree's tracked files with the pinned commit or, in a tree made from PyPI
+# packages, with their files. The patch is the same for both kinds of tree and for any git settings.
+# It does not cover configs/ and dr/: edit those at the repository's root, not in the tree. The
+# script works on trees made by scripts/setup_open_clip.sh, and on trees made with the commands in
+# docs/training.md.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 OPEN_CLIP_COMMIT=${OPEN_CLIP_COMMIT:-cf86ee7ec4658845f640858ecd34d0f15588271a}
-WHEELS_TAG=open_clip_wheels # marks the unpatched commit of a tree made from the wheels
+WHEELS_TAG=open_clip_wheels # marks the unpatched commit of a tree made from PyPI packages
 PATCH=$ROOT/open_clip.patch
 
 say() { echo "make_patch: $*"; }

@@ -4,16 +4,16 @@
 #
 #     bash scripts/quickstart.sh [--caption-noise P] [--fast]
 #
-# Sets up the environment and OpenCLIP, makes the data in the layouts of DataComp-12M, trains two
-# teachers, reinforces the data with them, joins it, and trains students of one model for the same
-# number of samples seen, without and with reinforcement. All are compared on held-out images. Takes
-# up to 20 minutes on 2 cores after the installation.
+# The script sets up the environment and OpenCLIP, makes data in the format of DataComp-12M, trains
+# two teachers, reinforces the data with them, joins it, and trains students of one model for the
+# same number of samples seen, without and with reinforcement. All are compared on held-out images.
+# It takes up to 20 minutes on 2 cores after the installation.
 #
 # --caption-noise P  Replace each of the students' captions with probability P by what captions of
 #                    web images look like. Default 0.6; 0 leaves all captions clean.
 # --fast             Run the same steps in about a minute and a half; the models learn nothing.
 #
-# Writes to quickstart/ (with --fast: quickstart/fast/): results.json, learning_curves.png,
+# It writes to quickstart/ (with --fast: quickstart/fast/): results.json, learning_curves.png,
 # augmentations.png, a log file for each step, logs/, datasets/. Run again, it continues where it
 # was interrupted; `rm -r quickstart` starts over.
 set -euo pipefail
@@ -31,7 +31,11 @@ while [ $# -gt 0 ]; do
         --fast) fast=1 ;;
         --caption-noise) CAPTION_NOISE=${2:-nothing}; shift $(($# > 1)) ;;
         --caption-noise=*) CAPTION_NOISE=${1#*=} ;;
-        -h | --help) sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;;
+        -h | --help)
+            sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+            printf '\nSettings (environment variables) and their defaults:\n\n'
+            sed -n 's/^\([A-Z_]*\)=${\1:-\(.*\)}\( *#.*\)\{0,1\}$/  \1=\2\3/p' "${BASH_SOURCE[0]}"
+            exit ;;
         *) echo "error: found '$1', expected --caption-noise P, --fast or --help" >&2; exit 1 ;;
     esac
     shift

@@ -4,19 +4,22 @@
 #     bash scripts/setup_open_clip.sh [--source auto|git|pypi] [--dest DIR] [--force]
 #
 #   --source git    fetch the pinned commit from $OPEN_CLIP_REPO, without notebooks and pictures
-#            pypi   build the same trainer from two wheels, where GitHub cannot be reached (a few
-#                   files of src/open_clip/ are five weeks newer; the patch touches none of them)
+#            pypi   take the files from PyPI, for machines that do not reach GitHub: src/open_clip/
+#                   of open_clip_torch 2.26.1 and src/training/ of 2.24.0. The trainer is the same;
+#                   a few files of src/open_clip/ are five weeks newer, and the patch changes none
+#                   of them
 #            auto   git, or pypi if the repository does not answer within 30 s (default)
 #   --dest DIR      where to make it (default: open_clip/ at this repository's root)
 #   --force         replace DIR, whatever is in it; its old content is kept as DIR.old-<time>
 #
 # The changes are committed in the tree's own git repository, on top of the unpatched commit. Run
-# this again at any time: a tree that is up to date is not touched; one made with an older
+# the script again at any time: a tree that is up to date is not touched; one made with an older
 # open_clip.patch, configs/ or dr/ is brought up to date in place, without the network, and logs/
 # and other files of yours stay. A tree with your edits, or with files that you added to src/ or
 # configs/, is refused without --force; `git status` in the tree shows them.
 #
-# Needs git >= 2.25, and for pypi a Python with pip. Writes nothing outside DIR.
+# The script needs git >= 2.25, and for pypi a Python with pip (PYTHON sets it). It writes nothing
+# outside DIR. OPEN_CLIP_REPO (default: OpenCLIP on GitHub) can also be the path of a local clone.
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -30,7 +33,7 @@ REACH_SECONDS=${REACH_SECONDS:-30}
 PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}} # used by pypi only
 PYTHON=${PYTHON:-python3}
 WHEELS=(open_clip_torch==2.26.1:open_clip open_clip_torch==2.24.0:training) # wheel:package
-WHEELS_TAG=open_clip_wheels # marks the unpatched commit of a tree made from the wheels
+WHEELS_TAG=open_clip_wheels # marks the unpatched commit of a tree made from PyPI packages
 ME=setup_open_clip          # author of the commits made here
 PINNED_BLOBS="\
 86b44862f46ef483665d555da33c3a5c1c499416 src/open_clip/factory.py
@@ -184,7 +187,8 @@ if [ "$SOURCE" = auto ]; then
     SOURCE=git
     timeout "$REACH_SECONDS" git ls-remote -q "$OPEN_CLIP_REPO" HEAD >/dev/null 2>"$work/why" || {
         [ -s "$work/why" ] || echo "no answer within $REACH_SECONDS s" >"$work/why"
-        say "can't reach $OPEN_CLIP_REPO ($(head -1 "$work/why")): using the two wheels instead"
+        say "can't reach $OPEN_CLIP_REPO ($(head -1 "$work/why")): using the wheels of" \
+            "open_clip_torch 2.26.1 and 2.24.0 from PyPI instead"
         SOURCE=pypi
     }
 fi

@@ -3,9 +3,9 @@
 #
 #     bash scripts/test.sh [PYTEST ARGUMENT …]
 #
-# Takes the active virtual environment, or makes .venv (see environment.sh). If OPEN_CLIP_REPO is
-# set to a clone of OpenCLIP, the trainer's tests run on the real pinned commit, with OpenCLIP's own
-# tests; else on the tree that setup_open_clip.sh makes from the wheels.
+# The script uses the active virtual environment; if there is none, it makes .venv at the
+# repository's root. If OPEN_CLIP_REPO is set to a clone of OpenCLIP, the trainer's tests run on the
+# real pinned commit, with OpenCLIP's own tests; otherwise on the same trainer from PyPI packages.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -327,7 +327,7 @@ def test_join_of_more_than_the_memory_spills_and_stays_within_it(folders):
         part = [{{"shard": name, "samples": {samples // shards}}} for name in names]
         files = caption_shards.find_metadata({str(folders.metadata)!r})
         report = {{"spilled_bytes": 0}}
-        caption_shards.join_part(output / "part", part, files, {samples}, args, report)
+        caption_shards.look_up_group(output / "part", part, files, {samples}, args, report)
         print(json.dumps({{**report, "peak_bytes": caption_shards.measure_peak_memory()}}))
     """
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}

@@ -36,7 +36,7 @@ NAMES = ("downloaded", "dead", "changed (sha256 differs)", "refused", "undecodab
 
 
 class Folders:
-    """Captions with addresses, reinforcements with the sha256, and where the images go."""
+    """Captions with URLs, reinforcements with the sha256, and where the images go."""
 
     def __init__(self, folder):
         self.captions, self.reinforcements, self.images = (
@@ -44,7 +44,7 @@ class Folders:
         )
 
     def write(self, name, samples):
-        """Write a shard of ``(seed, address, embedded bytes)`` to captions and reinforcements."""
+        """Write a shard of ``(seed, URL, embedded bytes)`` to captions and reinforcements."""
         captions, reinforcements = [], []
         for seed, url, image in samples:
             sha256 = hashlib.sha256(image).hexdigest()
@@ -148,7 +148,7 @@ class Web(Folders):
 
         bomb = encode(Image.new("1", (17_000, 17_000)), "PNG")  # 36 KB
         html = b"<html><body>This picture has moved</body></html>"
-        self.samples = {  # seed: (outcome, words of the error, address, what was embedded)
+        self.samples = {  # seed: (outcome, words of the error, URL, what was embedded)
             0: ("downloaded", None, page("/plain"), self.plain),
             1: ("downloaded", None, page("/big", self.big), self.big),
             2: ("downloaded", None, page("/alpha", self.alpha), self.alpha),
@@ -200,7 +200,7 @@ class Web(Folders):
             self.write(name, [(90, server.url("/not-asked-for"), self.plain)])
         captions = read_samples(self.captions / "00000005.tar")
         write_shard(
-            self.captions / "00000005.tar", [*captions.items(), (uid(80), {"txt": b"no address"})]
+            self.captions / "00000005.tar", [*captions.items(), (uid(80), {"txt": b"no URL"})]
         )
 
     def seeds(self, name, *outcomes):
@@ -235,7 +235,7 @@ def test_every_sample_has_its_outcome_and_the_reason(web):
 def test_nothing_but_http_is_opened(web):
     web.ftp.settimeout(0)
     with pytest.raises(BlockingIOError):
-        web.ftp.accept()  # neither the address nor the redirect led here
+        web.ftp.accept()  # neither the URL nor the redirect led here
     found = web.found["00000007.tar"]
     assert (
         found[uid(24)][0] == found[uid(26)][0] == "refused"
@@ -252,7 +252,7 @@ def test_answers_are_bounded_in_bytes_and_seconds(server, bounds, words):
         bounded_opener(*bounds).open(url, timeout=10).read()
 
 
-def test_address_that_drips_is_given_up_in_its_headers_and_over_redirects(server):
+def test_url_that_drips_is_given_up_in_its_headers_and_over_redirects(server):
     opener = bounded_opener(10**6, 1)
     endless = server.add("/drip", drip=300)
     last = server.add("/drip/0", b"there", drip=6)  # alone it is in time
@@ -434,7 +434,7 @@ def test_shards_of_1b_get_their_folders_and_a_bad_one_fails_alone(folders, serve
     folders.write("01/00000004.tar", [(5, server.url("/gone"), body)])
     damaged = folders.reinforcements / "01" / "00000000.tar"
     damaged.write_bytes((damaged.parent / "00000001.tar").read_bytes()[:1000])
-    write_shard(damaged.with_name("00000002.tar"), [(uid(2), {"txt": b"without an address"})])
+    write_shard(damaged.with_name("00000002.tar"), [(uid(2), {"txt": b"without a URL"})])
 
     done = folders.download("--1b", "--shards", "1000-1004", "--retries", 1)
     failed = folders.report()["failed"]
@@ -447,7 +447,7 @@ def test_shards_of_1b_get_their_folders_and_a_bad_one_fails_alone(folders, serve
     assert folders.tars() == ["01/00000001.tar", "01/00000003.tar", "01/00000004.tar"]
     assert (
         folders.downloaded("01/00000004.tar") == {}
-    )  # all its addresses are dead: it is finished, and empty
+    )  # all its URLs are dead: it is finished, and empty
     assert list(folders.downloaded("01/00000001.tar")) == [uid(1)]  # by the second try
     assert list(folders.downloaded("01/00000003.tar")) == [uid(3)]
     assert folders.outcomes()["01/00000003.tar"][uid(4)] == ("changed", "hash mismatch")
@@ -502,7 +502,7 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
     bad = [sample("a", b'{"uid": "\\ud800"}'), sample("b", b"["), sample("c", b"[" * 200_000)]
     bad += [(uid(4), {"url.txt": url + b"\xff"}), (uid(5), {"url.txt": b" \n"})]
     write_shard(
-        folders.captions / "00000000.tar", [*samples, *bad, (uid(3), {"txt": b"no address"})]
+        folders.captions / "00000000.tar", [*samples, *bad, (uid(3), {"txt": b"no URL"})]
     )
     left = folders.images / ".img2dataset" / "new-left"
     left.mkdir(parents=True)  # by a run that was killed at its beginning, long ago
@@ -517,7 +517,7 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
         4,
         2,
     ]
-    assert re.search(r"^without an address in the shard +2 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^without a URL in the shard +2 ", done.stdout, re.MULTILINE)
     assert re.search(r"^unusable in the shard .* 4 ", done.stdout, re.MULTILINE)
     assert not any((folders.images / ".img2dataset").iterdir())
 

@@ -452,7 +452,7 @@ def test_no_network_is_one_line(place):
     with hub_server(place.repos) as hub:
         pass  # its port answers no more
     one_line(place.run(hub, "--shards", "0"), "no answer from 127.0.0.1", "check the network")
-    one_line(place.run("hub", "--shards", "0"), "HF_ENDPOINT is no address")
+    one_line(place.run("hub", "--shards", "0"), "HF_ENDPOINT is no URL")
     one_line(place.run(hub, "--shards", "0", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE")
     assert not place.captions.exists()
 

@@ -278,12 +278,12 @@ def no_picture(web, case):
             "undecodable image",
             {"url.txt": f"{web.url}/page.jpg".encode(), "json": page},
         ),
-        "no hash": ("no image, and no address", {"url.txt": url.encode(), "json": b"{}"}),
+        "no hash": ("no image, and no URL", {"url.txt": url.encode(), "json": b"{}"}),
         "deep json": (
-            "no image, and no address",
+            "no image, and no URL",
             {"url.txt": url.encode(), "json": b"[" * 200_000},
         ),
-        "no json": ("no image, and no address", {"url.txt": url.encode(), "json": b"["}),
+        "no json": ("no image, and no URL", {"url.txt": url.encode(), "json": b"["}),
         "no captions": ("unreadable syn.json", {"syn.json": b"[]"}),
         "empty caption": ("empty caption", {"txt": b" ", "url.txt": url.encode()}),
         "other boxes": (
@@ -334,7 +334,7 @@ def test_a_bad_sample_is_reported_and_the_next_is_tried(tmp_path, web, monkeypat
     assert told.out.startswith(f"{shard}, sample 1: {uid(1)}\n")
 
 
-def test_addresses_with_spaces_and_other_letters_are_fetched(tmp_path, web, capsys):
+def test_urls_with_spaces_and_other_letters_are_fetched(tmp_path, web, capsys):
     web.answers["/a%20%E7%8B%97%2B.jpg"] = (200, {}, encode(picture(0, 120, 160)))
     shard = write_shard(
         tmp_path / SHARD, [sample(0, web.url, **{"url.txt": f"{web.url}/a 狗%2B.jpg\n".encode()})]
@@ -343,7 +343,7 @@ def test_addresses_with_spaces_and_other_letters_are_fetched(tmp_path, web, caps
     assert capsys.readouterr().err == ""
 
 
-def test_address_that_drips_is_given_up(tmp_path, web, monkeypatch, capsys):
+def test_url_that_drips_is_given_up(tmp_path, web, monkeypatch, capsys):
     monkeypatch.setattr(http_image, "TIMEOUT", 1)
     with serving() as server:
         drips = sample(0, "", **{"url.txt": server.add("/drip", drip=300).encode()})

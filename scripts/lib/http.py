@@ -1,6 +1,6 @@
-"""Open addresses that come from strangers: http and https only, bounded in bytes and in seconds.
+"""Open URLs that come from strangers: http and https only, bounded in bytes and in seconds.
 
-Does not keep requests from your own network: an address may lead to a machine next to yours.
+The module does not block requests to your own network: a URL may lead to a machine next to yours.
 The time to look up a host's name is the system's setting.
 """
 
@@ -72,7 +72,7 @@ class _BoundedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self.max_bytes, self.max_seconds = max_bytes, max_seconds
 
     def http_request(self, request: Any) -> Any:
-        # Addresses may have spaces, or letters beyond ASCII.
+        # URLs may have spaces, or letters beyond ASCII.
         request.full_url = urllib.parse.quote(request.full_url, safe=string.punctuation)
         if not hasattr(request, "bounds"):  # a redirect has those of the first request
             end = time.monotonic() + self.max_seconds

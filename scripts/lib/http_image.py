@@ -1,4 +1,4 @@
-"""Download the image of a sample that has only its address and its sha256."""
+"""Download the image of a sample that has only its URL and its sha256."""
 
 import hashlib
 import http.client
@@ -21,17 +21,17 @@ def fetch_image(members: dict[str, bytes]) -> bytes:
     """Download the image at a sample's ``url.txt``, the same bytes that the teachers embedded.
 
     Raises:
-        BadSample: the sample has no address or no sha256, the link is dead, or the image has
+        BadSample: the sample has no URL or no sha256, the link is dead, or the image has
             changed; crop boxes and embeddings belong to no other image.
     """
     try:
         url = members["url.txt"].decode("utf-8-sig").strip()
         expected = json.loads(members["json"])["sha256"]
         if not url or not isinstance(expected, str):
-            raise ValueError(f"address {url!r}, sha256 {expected!r}"[:200])
+            raise ValueError(f"URL {url!r}, sha256 {expected!r}"[:200])
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         detail = f"{type(error).__name__}: {error}"
-        raise BadSample("no image, and no address (url.txt) with sha256 (json)", detail) from error
+        raise BadSample("no image, and no URL (url.txt) with sha256 (json)", detail) from error
     try:
         request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
         with bounded_opener(MAX_BYTES, 3 * TIMEOUT).open(request, timeout=TIMEOUT) as response:
