@@ -1,11 +1,12 @@
-"""Read one reinforced sample, choose what a training step takes of it, and print that.
+"""Read one reinforced sample, select the parts that a training step uses, and print them.
 
     python hf_dataset_example.py                       # the first sample, from the Hugging Face Hub
     python hf_dataset_example.py --output sample.png   # also draw everything stored with it
     python hf_dataset_example.py --shard datasets/DataCompDR-12M/shards/00000000.tar --index 3
 
-Needs `pip install -e .`. Without --shard it transfers a few hundred KB of a shard, and downloads
-one image from its own URL. A sample whose link is dead is skipped, and the next one is tried.
+The script needs `pip install -e .`. Without --shard it transfers a few hundred KB of a shard, and
+downloads one image from its own URL. A sample whose link is dead is skipped, and the next one is
+tried.
 """
 
 import argparse
@@ -115,14 +116,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--bf16", action="store_true", help=f"read {REPOSITORY}-bf16")
-    source.add_argument("--shard", type=Path, help="read this file, joined or not, not the Hub")
+    source.add_argument(
+        "--shard", type=Path, help="local shard to read instead of the Hub, joined or not"
+    )
     add("--index", type=int, default=0, help="first sample to try; default 0")
     add("--tries", type=int, default=10, help="samples to try; default 10")
     add("--augmentation", type=int, help="number of the augmentation; default: random")
-    add("--seed", type=int, default=0, help="of the random choices; default 0")
-    add("--output", type=Path, metavar="FILE.png", help="draw everything stored with the sample")
-    add("--config", type=Path, default=CONFIG, help="how the set was reinforced")
-    add("--teacher-dimension", type=int, nargs="+", metavar="D", help="default: from --config")
+    add("--seed", type=int, default=0, help="seed of the random choices; default 0")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE.png",
+        help="also draw everything stored with the sample",
+    )
+    text = f"config that the set was reinforced with; default configs/{CONFIG.name}"
+    add("--config", type=Path, default=CONFIG, help=text)
+    text = "width of each teacher's embeddings; default: of the teachers of --config"
+    add("--teacher-dimension", type=int, nargs="+", metavar="D", help=text)
     args = parser.parse_args(arguments)
     if min(args.index, args.augmentation or 0) < 0:
         parser.error("expected --index and --augmentation of 0 or more")

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
         uids: keys of the samples.
         image_emb: teachers' image embeddings, float32 ``[B, ΣD_k]``; None: not reinforced.
         text_emb: teachers' text embeddings, float32 ``[B, C, ΣD_k]``.
-        statistics: mean and standard deviation ``[2, 3]`` to normalise ``images`` with.
+        statistics: normalisation statistics of ``images``: mean and standard deviation ``[2, 3]``.
     """
 
     images: Tensor
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 def unpack_batch(
     batch: Batch | Sequence[Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Split a batch into the model's inputs and what only the loss uses.
+    """Split a batch into the model's inputs and the teacher features for the loss.
 
     Args:
         batch: a :class:`Batch`, or ``(images, texts [B, L])`` of OpenCLIP's other loaders.
@@ -64,7 +64,7 @@ def unpack_batch(
 
 
 def add_teacher(model_out: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss's arguments: the model's output and the teacher features of the same batch."""
+    """Return the arguments of the loss: the model's output and the batch's teacher features."""
     if "dist_syn_text_features" in teacher:
         text, synthetic = model_out["text_features"].chunk(2)
         model_out = {**model_out, "text_features": text, "syn_text_features": synthetic}

@@ -1,9 +1,11 @@
 """The chain that makes batches of samples; it runs in a loader's worker.
 
-    samples → draw → shuffle → augment → tokenise and batch
+    samples → select → shuffle → augment → tokenise and batch
 
-A sample that cannot be used is skipped: it passes along the chain as an ``Item`` with ``skipped``
-set, so that counts and cursors stay in the order of the samples.
+The stages pass on ``sources.Item``s. An item is a sample on its way to a batch, with its cursor:
+how far the worker's stream of samples is after it, which a checkpoint stores. A sample that cannot
+be used is skipped: it passes along the chain as an item with ``skipped`` set, so that counts and
+cursors stay in the order of the samples.
 """
 
 import logging
@@ -17,15 +19,16 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from .batch import Batch
-from .sample import BadSample, BaselineRecipe, ReinforcedRecipe
+from .sample import BadSample, BaselineProcessor, ReinforcedProcessor
 from .sampling import Cursor
 from .sources import Item, Skipped
 from .tar import Unknown
 
-Recipe = ReinforcedRecipe | BaselineRecipe
+Processor = ReinforcedProcessor | BaselineProcessor
 Tokenizer = Callable[[list[str]], Tensor]
 
-# Rows that are drawn at once: between two images it takes twice as long, as the caches are cold.
+# Items that are selected at once: between two images selecting takes twice as long, because the
+# caches are cold.
 BLOCK = 64
 # Samples in a row that a stage of the chain may skip: before its first usable one, and later.
 MAX_SKIPPED_AT_START = 1_000
@@ -36,7 +39,12 @@ WARNINGS_PER_REASON = 5  # then the 10th, the 100th, …
 
 # --- counting -------------------------------------------------------------------------------------
 class Counts(NamedTuple):
-    """Samples read, and those of them that were skipped, by reason."""
+    """How many samples were read, and how many of these were skipped.
+
+    Attributes:
+        read: number of samples read.
+        skipped: number of samples skipped, by reason.
+    """
 
     read: int
     skipped: dict[str, int]
@@ -46,7 +54,7 @@ class SkipLimit(NamedTuple):
     """How many samples of an epoch may be skipped on one rank.
 
     Attributes:
-        epoch_samples: of this rank.
+        epoch_samples: number of samples of this rank in an epoch.
         fraction: ``--max-skipped-fraction``.
     """
 
@@ -72,7 +80,7 @@ def list_counts(counts: Counter[str]) -> str:
 
 
 class Tally:
-    """What one worker has read and skipped since its last batch, and the rules for giving up."""
+    """Counts of the samples that one worker has read and skipped, and the rules for giving up."""
 
     def __init__(self, members: dict[str, tuple[str, ...]], limit: SkipLimit):
         self.members, self.limit = members, limit
@@ -149,7 +157,7 @@ class Streak:
 # --- the chain ------------------------------------------------------------------------------------
 def batches(
     samples: Iterable[Item],
-    recipe: Recipe,
+    processor: Processor,
     tokenizer: Tokenizer,
     batch_size: int,
     tally: Tally,
@@ -158,34 +166,34 @@ def batches(
     """Make batches of samples.
 
     Args:
-        samples: of one of the ``sources``.
-        recipe: what to make of a sample.
+        samples: items from ``sources.stream`` or ``sources.passes``.
+        processor: selects from a sample, and augments its image.
         tokenizer: list of str to int64 ``[captions, L]``.
-        batch_size: samples in a batch; what is left at the end is dropped, as OpenCLIP does.
-        tally: counts what is skipped.
-        shuffle: a stage over drawn rows.
+        batch_size: samples in a batch; an incomplete last batch is dropped, as in OpenCLIP.
+        tally: counts samples read and skipped.
+        shuffle: a stage that changes the order of the selected items; None: the order stays.
 
     Yields:
         batches, each with the cursor of its last sample.
 
     Raises:
-        RuntimeError: a stage skipped too many samples in a row, or ``samples`` ended and none
-            was used.
+        RuntimeError: a stage skipped too many samples in a row, or ``samples`` ended before one
+            could be used.
     """
-    rows = tally.count_read(in_blocks(use(recipe.draw, samples, tally), BLOCK))
-    rows = shuffle(rows) if shuffle else rows
-    rows = use(recipe.augment, rows, tally)
+    items = tally.count_read(in_blocks(use(processor.select, samples, tally), BLOCK))
+    items = shuffle(items) if shuffle else items
+    items = use(processor.augment, items, tally)
     used = False
-    for batch in tokenise(rows, tokenizer, batch_size, tally):
-        images = default_collate([item.row["image"] for item in batch.items])
+    for batch in tokenise(items, tokenizer, batch_size, tally):
+        images = default_collate([item.sample["image"] for item in batch.items])
         emb: dict[str, Tensor] = {}
-        for name in ("image_emb", "text_emb") if recipe.statistics is not None else ():
-            # Rows keep the precision in which they are stored; a batch is float32.
-            emb[name] = default_collate([item.row[name].float() for item in batch.items])
-        uids = [item.row["__key__"] for item in batch.items]
+        for name in ("image_emb", "text_emb") if processor.statistics is not None else ():
+            # Embeddings keep the precision in which they are stored; a batch is float32.
+            emb[name] = default_collate([item.sample[name].float() for item in batch.items])
+        uids = [item.sample["__key__"] for item in batch.items]
         used = True
         yield (
-            Batch(images, batch.texts, uids, **emb, statistics=recipe.statistics),
+            Batch(images, batch.texts, uids, **emb, statistics=processor.statistics),
             batch.items[-1].cursor,
         )
     if not used:
@@ -195,12 +203,12 @@ def batches(
 def use(
     function: Callable[[dict, Any], dict], items: Iterable[Item], tally: Tally
 ) -> Iterator[Item]:
-    """A stage: ``function`` of each sample; a sample for which it raises BadSample is skipped."""
+    """A stage: apply ``function`` to each sample; skip those for which it raises BadSample."""
     streak = Streak(tally)
     for item in items:
         if item.skipped is None:
             try:
-                item = item._replace(row=function(item.row, item.choice))
+                item = item._replace(sample=function(item.sample, item.choice))
                 streak.end()
             except BadSample as error:
                 item = item.skip(error)
@@ -209,20 +217,20 @@ def use(
 
 
 def in_blocks(items: Iterable[Item], size: int) -> Iterator[Item]:
-    """The same items, but ``size`` of them are made at once."""
+    """A stage: the same items, of which ``size`` are computed at once."""
     items = iter(items)
     while block := list(islice(items, size)):
         yield from block
 
 
 def shuffled(items: Iterable[Item], size: int, initial: int, rng: random.Random) -> Iterator[Item]:
-    """Rows in random order out of a buffer; skipped samples pass at once.
+    """A stage: items in random order out of a buffer; skipped samples pass at once.
 
     Args:
-        items: drawn rows.
-        size: of the buffer. It grows by one row for each row that leaves it.
-        initial: rows in the buffer before the first one leaves it.
-        rng: makes the choices.
+        items: selected items.
+        size: largest number of items in the buffer. It grows by one for each item that leaves it.
+        initial: number of items in the buffer before the first one leaves it.
+        rng: chooses which item leaves the buffer.
     """
     buffer: list[Item] = []
     grow = False
@@ -245,8 +253,8 @@ def _pop_random(buffer: list[Item], rng: random.Random) -> Item:
     return buffer.pop()
 
 
-class TokenisedRows(NamedTuple):
-    """Rows of one batch, and their captions as int64 ``[B, C, L]``."""
+class TokenisedItems(NamedTuple):
+    """Items of one batch, and their captions as int64 ``[B, C, L]``."""
 
     items: list[Item]
     texts: Tensor
@@ -254,44 +262,44 @@ class TokenisedRows(NamedTuple):
 
 def tokenise(
     items: Iterable[Item], tokenizer: Tokenizer, batch_size: int, tally: Tally
-) -> Iterator[TokenisedRows]:
-    """Put rows into batches and tokenise their captions; count what was skipped.
+) -> Iterator[TokenisedItems]:
+    """A stage: put items into batches and tokenise their captions; count skipped samples.
 
     The captions of a batch are tokenised at once. One by one between images it takes three times as
     long, as the processor's caches are cold.
     """
 
-    def encode(rows: list[Item]) -> Tensor:
-        captions = [caption for item in rows for caption in item.row["captions"]]
-        return tokenizer(captions).unflatten(0, (len(rows), -1))
+    def encode(batch: list[Item]) -> Tensor:
+        captions = [caption for item in batch for caption in item.sample["captions"]]
+        return tokenizer(captions).unflatten(0, (len(batch), -1))
 
-    streak, rows = Streak(tally), list[Item]()
+    streak, batch = Streak(tally), list[Item]()
     for item in items:
         if item.skipped is not None:
             tally.skip(item.skipped)
             continue
-        rows.append(item)
+        batch.append(item)
         tally.has_used = True
-        if len(rows) < batch_size:
+        if len(batch) < batch_size:
             continue
         try:
-            texts = encode(rows)
-        except Exception:  # tokenizers raise what they like; find out on whose captions
-            rows = [row for row in rows if _can_encode(encode, row, tally, streak)]
+            texts = encode(batch)
+        except Exception:  # tokenizers raise any type; find out which captions are bad
+            batch = [item for item in batch if _can_encode(encode, item, tally, streak)]
             continue
         streak.end()
-        yield TokenisedRows(rows, texts)
-        rows = []
+        yield TokenisedItems(batch, texts)
+        batch = []
 
 
-def _can_encode(encode: Callable, row: Item, tally: Tally, streak: Streak) -> bool:
+def _can_encode(encode: Callable, item: Item, tally: Tally, streak: Streak) -> bool:
     try:
-        encode([row])
+        encode([item])
     except Exception as error:
         reason, key, url = (
             "captions that can't be tokenised",
-            row.row["__key__"],
-            row.row["__url__"],
+            item.sample["__key__"],
+            item.sample["__url__"],
         )
         tally.skip(Skipped(reason, f"{reason}: {error!r}", key, url))
         streak.add(reason)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batch import Batch
-from .chain import Counts, Recipe, SkipLimit, Tally, Tokenizer, batches
+from .chain import Counts, Processor, SkipLimit, Tally, Tokenizer, batches
 from .sampling import Cursor, layouts_to_keep
 from .sources import ShardReader, StreamState, count_samples, passes
 from .tar import read_sizes
@@ -28,7 +28,7 @@ from .tar import read_sizes
 
 # --- processes ------------------------------------------------------------------------------------
 def gather_objects(found: Any, group: dist.ProcessGroup | None = None) -> list:
-    """What each rank has found, on all ranks; all ranks have to call."""
+    """Gather ``found`` from all ranks; every rank must call this."""
     if not dist.is_initialized():
         return [found]
     everywhere: list = [None] * dist.get_world_size()
@@ -122,7 +122,7 @@ class Loader:
         return counts
 
     def state_dict(self, group: dist.ProcessGroup | None = None) -> dict:
-        """What a checkpoint holds of the loaders of all ranks, which all have to call."""
+        """The loaders' part of a checkpoint, over all ranks; every rank must call this."""
         accum_freq = self.args.accum_freq
         return {
             "step": self.position // accum_freq,
@@ -132,7 +132,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where the loaders were that wrote ``state``, on any number of ranks."""
+        """Restore the position at which ``state`` was written, on any number of ranks."""
         args, steps = self.args, self.num_batches // self.args.accum_freq
         if state["step"] and state["steps_in_epoch"] != steps:
             raise SystemExit(
@@ -189,26 +189,28 @@ class PassLoader(Loader):
 
     Args:
         args: the trainer's options.
-        recipe: what to make of a sample.
+        processor: selects from a sample, and augments its image.
         tokenizer: list of str to int64 ``[captions, L]``.
         shards: paths of tars.
     """
 
-    def __init__(self, args: Any, recipe: Recipe, tokenizer: Tokenizer, shards: Sequence[str]):
+    def __init__(
+        self, args: Any, processor: Processor, tokenizer: Tokenizer, shards: Sequence[str]
+    ):
         super().__init__(args)
-        self.recipe, self.tokenizer, self.shards = recipe, tokenizer, list(shards)
-        self.layout = [args.world_size, max(1, args.workers)]  # ranks, streams of each
+        self.processor, self.tokenizer, self.shards = processor, tokenizer, list(shards)
+        self.layout = [args.world_size, max(1, args.workers)]  # ranks, and streams of each rank
         self.names = _relative_names(self.shards)
         self.taken = 0  # batches that this rank has taken on this layout
         self.previous: list[Sequence[Cursor]] = []  # see sampling.pieces_of_stream
         self.cursors: list[Cursor] = [(0, 0)] * self.layout[1]  # of this rank's streams
         self.saved_sizes: list[int] | None = None
 
-    # How many samples there are is looked up when it is first asked for, so that a resumed run
-    # takes it from its checkpoint: a shard that has vanished since does not change the order.
+    # The sizes are looked up when they are first needed, so that a resumed run takes them from its
+    # checkpoint: a shard that has disappeared since does not change the order.
     @cached_property
     def sizes(self) -> list[int]:
-        """Samples in each shard; all ranks have to call."""
+        """Number of samples in each shard; every rank must call this."""
         sizes = self.saved_sizes or _find_sizes(self.args, self.shards)
         if not sum(sizes):
             raise SystemExit(
@@ -234,14 +236,14 @@ class PassLoader(Loader):
             batch_size=None,
             num_workers=self.args.workers,
             worker_init_fn=ignore_sigterm,
-            generator=torch.Generator(),  # without one it would draw from the trainer's
+            generator=torch.Generator(),  # without one it would use the trainer's
         )
         for batch, stream, cursor, counts in loader:
             self.cursors[stream], self.taken = tuple(cursor), self.taken + 1
             yield batch, counts
 
     def state_dict(self, group: dist.ProcessGroup | None = None) -> dict:
-        """As in ``Loader``, and how far each stream is."""
+        """As in ``Loader``, with the cursors of all streams."""
         cursors = [cursor for rank in gather_objects(self.cursors, group) for cursor in rank]
         sampling = {
             "seed": self.args.seed,
@@ -255,7 +257,7 @@ class PassLoader(Loader):
         return {**super().state_dict(group), "sampling": sampling}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue at the next batch; on another layout, with what is left of the passes.
+        """Restore the position: the next batch, or on another layout the rest of the passes.
 
         Raises:
             SystemExit: the state is of another seed, of other shards or of shards of other sizes.
@@ -308,7 +310,8 @@ class _PassDataset(IterableDataset):
 
     def __init__(self, loader: PassLoader, limit: SkipLimit, batches: int):
         args, (ranks, streams) = loader.args, loader.layout
-        self.shards, self.recipe, self.tokenizer = loader.shards, loader.recipe, loader.tokenizer
+        self.shards, self.tokenizer = loader.shards, loader.tokenizer
+        self.processor = loader.processor
         self.batch_size, self.batches, self.taken = args.batch_size, batches, loader.taken
         self.limit, self.cursors = limit, list(loader.cursors)
         self.state = partial(StreamState, args.seed, loader.sizes, loader.previous, ranks * streams)
@@ -320,11 +323,11 @@ class _PassDataset(IterableDataset):
         # The trainer takes the workers' batches in turn, and a resumed run continues the turn.
         stream = (process + self.taken) % processes
         samples = passes(
-            ShardReader(self.shards, self.recipe.wanted.__contains__),
+            ShardReader(self.shards, self.processor.wanted.__contains__),
             self.state(self.first_stream + stream, self.cursors[stream]),
         )
-        tally = Tally(self.recipe.members, self.limit)
-        made = batches(samples, self.recipe, self.tokenizer, self.batch_size, tally)
+        tally = Tally(self.processor.members, self.limit)
+        made = batches(samples, self.processor, self.tokenizer, self.batch_size, tally)
         for _ in range(process, self.batches, processes):
             batch, cursor = next(made)
             yield batch, stream, cursor, tally.take_counts()

@@ -14,10 +14,10 @@ teacher k = 1…K with scale τ_k:
 H is the cross entropy, averaged over rows. CE is the same with targets on the diagonal. Without
 ``average_after_softmax`` the teachers' logits are summed before a single softmax.
 
-On N processes, the mean of the ranks' losses equals the loss of one process with the whole batch.
-With ``gather_with_grad``, so does the mean of the ranks' gradients, which DistributedDataParallel
-computes. Without it, a rank's gradient reaches its own features only, as in OpenCLIP's ClipLoss.
-Both hold with and without ``local_loss``.
+On N processes, with and without ``local_loss``, the mean of the ranks' losses equals the loss of
+one process with the whole batch. With ``gather_with_grad``, so does the mean of the ranks'
+gradients, which DistributedDataParallel computes. Without ``gather_with_grad``, a rank's gradient
+reaches its own features only, as in OpenCLIP's ClipLoss.
 
 Not supported: horovod, different batch sizes on different ranks, second derivatives.
 """
@@ -57,7 +57,7 @@ def chunk_losses(
         columns: student features ``[C, D]``.
         scale: σ, a scalar.
         labels: column of each row's own pair, ``[R]``.
-        targets: the teachers' distribution ``[R, C]``, changed in place; None if w₁ is 0.
+        targets: the teachers' distribution ``[R, C]``, modified in place; None if w₁ is 0.
         weights: (w₀, w₁).
 
     Returns:
@@ -137,10 +137,10 @@ class DRClipLoss(nn.Module):
         local_loss: use the local samples as rows and the global batch as columns. Otherwise every
             rank uses the global batch as rows too.
         gather_with_grad: let gradients flow through the gathering of the student's features.
-        cache_labels: has no effect; accepted as OpenCLIP's losses accept it.
+        cache_labels: has no effect; accepted because OpenCLIP passes it.
         rank: rank of this process.
         world_size: number of processes.
-        use_horovod: must be False; accepted as OpenCLIP's losses accept it.
+        use_horovod: must be False; accepted because OpenCLIP passes it.
         teacher_dimension: width D_k of each teacher's block in the teacher features, which are as
             wide as their sum. ``[-1]`` means one teacher, as wide as the features.
         distill_loss_weights: (w₀, w₁), contrastive and distillation. A term with weight 0 is not
@@ -247,7 +247,7 @@ class DRClipLoss(nn.Module):
         if None in self.dist_logit_scale:
             raise ValueError(
                 "no teacher scale: set dist_logit_scale "
-                "(--distill-logit-scale, 100 in both recipes)"
+                "(--distill-logit-scale, 100 in the DataCompDR recipes)"
             )
         dimensions = self.teacher_dimension
         if dimensions != [-1] and sum(dimensions) != width:

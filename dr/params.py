@@ -1,4 +1,4 @@
-"""The command-line options of the recipe, and the rules that they have to follow."""
+"""The command-line options that the patch adds to the trainer, and the rules for them."""
 
 import json
 import os
@@ -62,15 +62,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--dataset-reinforcement-syn-text-key-regex",
         default=SYN_TEXT_KEYS,
         metavar="REGEX",
-        help="Use the lists of synthetic captions whose key in syn.json matches. A data set such "
-        "as DFNDR has one list for each captioning model. Default: %(default)s, all lists.",
+        help="Use only the lists of synthetic captions whose key in syn.json matches. DataCompDR "
+        "has one list, syn_text; DFNDR, the data set of MobileCLIP2, has one for each captioning "
+        "model. Default: %(default)s, all lists.",
     )
     group.add_argument(
         "--dataset-reinforcement-filter-image-size",
         type=int,
         default=0,
         metavar="N",
-        help="Skip images whose shorter side is under N pixels.",
+        help="Skip images whose shorter side is under N pixels. They count as bad samples. "
+        "0: no limit.",
     )
     group.add_argument(
         "--dataset-reinforcement-sample-sequential",
@@ -115,16 +117,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=float,
         nargs="+",
         metavar="B",
-        help="Logit bias of teachers with a sigmoid loss (SigLIP). Not supported: the distillation "
-        "loss is a softmax.",
+        help="Logit bias of teachers with a sigmoid loss (SigLIP). It is refused: a bias makes no "
+        "difference to the softmax of the distillation loss.",
     )
 
     group = parser.add_argument_group("weights to start from")
     group.add_argument(
         "--ignore-pretrained-statistics",
         action="store_true",
-        help="Train with other image statistics (--image-mean, --image-std, --image-interpolation) "
-        "than those that the weights of --pretrained FILE were trained with.",
+        help="Do not use the normalisation statistics and the interpolation that the weights of "
+        "--pretrained FILE were trained with. Instead use --image-mean, --image-std and "
+        "--image-interpolation, or the defaults of the model.",
     )
 
     group = parser.add_argument_group("sampling and resuming")

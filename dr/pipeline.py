@@ -1,11 +1,12 @@
-"""What the patch calls in OpenCLIP's ``data.py``: two functions, and the loader of their batches.
+"""The two functions and the class that the patch calls in OpenCLIP's ``data.py``.
 
-``make_pass_loader``   the whole loader, for sampling without replacement
-``adapt_stages``       OpenCLIP's pipeline of WebDataset stages, changed for training
-``StreamLoader``       goes around OpenCLIP's loader of that pipeline
+``make_pass_loader``   makes the whole loader, for sampling without replacement
+``adapt_stages``       changes the WebDataset stages of OpenCLIP's pipeline
+``StreamLoader``       wraps OpenCLIP's loader of that pipeline
 
-In reinforced training with replacement OpenCLIP chooses the shards, and the chain of ``loader``
-does the rest. The baseline keeps OpenCLIP's stages, with a count of the samples between them.
+In reinforced training with replacement OpenCLIP chooses the shards, and the module ``chain`` makes
+batches of their samples. The baseline keeps OpenCLIP's stages, with stages between them that count
+samples.
 """
 
 import contextlib
@@ -20,15 +21,15 @@ import webdataset as wds
 from torchvision.transforms import InterpolationMode
 
 from .batch import Batch
-from .chain import Counts, Recipe, SkipLimit, Streak, Tally, Tokenizer, batches, shuffled
+from .chain import Counts, Processor, SkipLimit, Streak, Tally, Tokenizer, batches, shuffled
 from .loader import PassLoader, StreamLoader, ignore_sigterm
 from .sample import (
     IMAGE_MEMBERS,
     MAX_CAPTION,
     PLAIN_MEMBERS,
     BadSample,
-    BaselineRecipe,
-    ReinforcedRecipe,
+    BaselineProcessor,
+    ReinforcedProcessor,
     caption,
     missing,
 )
@@ -47,7 +48,7 @@ Stage = Callable[[Iterable], Iterator]
 def make_pass_loader(
     args: Any, preprocess: Callable, tokenizer: Tokenizer, shards: Sequence[str]
 ) -> PassLoader:
-    """The loader of ``--dataset-without-replacement``.
+    """Make the loader of ``--dataset-without-replacement``.
 
     Args:
         args: the trainer's options.
@@ -55,7 +56,7 @@ def make_pass_loader(
         tokenizer: list of str to int64 ``[captions, L]``.
         shards: paths of tars.
     """
-    return PassLoader(args, make_recipe(args, preprocess), tokenizer, shards)
+    return PassLoader(args, make_processor(args, preprocess), tokenizer, shards)
 
 
 def adapt_stages(
@@ -69,10 +70,10 @@ def adapt_stages(
     """Change the stages of OpenCLIP's pipeline.
 
     Args:
-        stages: OpenCLIP's, from the list of shards to batches.
+        stages: OpenCLIP's stages, from the list of shards to batches.
         args, preprocess, tokenizer: see :func:`make_pass_loader`.
         is_train: whether these are training data; validation data are never reinforced.
-        num_samples: in an epoch, on all ranks.
+        num_samples: number of samples in an epoch, over all ranks.
 
     Returns:
         For training, stages whose last one yields ``(Batch, Counts)``. For validation, OpenCLIP's
@@ -83,15 +84,15 @@ def adapt_stages(
         return [*read, keep_image_and_caption, select, decode, rename, convert, to_tuple, batch]
     *shards, read_tars, shuffle, select, decode, rename, convert, _to_tuple, _batch = stages
     limit = SkipLimit(-(-num_samples // args.world_size), args.max_skipped_fraction)
-    recipe = make_recipe(args, preprocess)
-    tally = Tally(recipe.members, limit)
+    processor = make_processor(args, preprocess)
+    tally = Tally(processor.members, limit)
     if args.dataset_reinforcement:
         shared_epoch = None
         if args.dataset_reinforcement_sample_sequential:
             shared_epoch = next(stage.epoch for stage in shards if hasattr(stage, "epoch"))
         chain = partial(
             _reinforced_batches,
-            recipe=recipe,
+            processor=processor,
             tokenizer=tokenizer,
             batch_size=args.batch_size,
             tally=tally,
@@ -121,25 +122,26 @@ def adapt_stages(
 
 def _reinforced_batches(
     shards: Iterable[dict],
-    recipe: Recipe,
+    processor: Processor,
     tokenizer: Tokenizer,
     batch_size: int,
     tally: Tally,
     outlive_sigterm: bool,
     shared_epoch: Any,
 ) -> Iterator[tuple[Batch, Counts]]:
-    """A stage: from shards to batches.
+    """A stage: make batches of the samples in shards.
 
     Args:
-        shared_epoch: OpenCLIP's counter of epochs, to choose by it; None: choose at random.
+        shared_epoch: OpenCLIP's counter of epochs, if augmentations and captions are chosen by it;
+            None: they are chosen at random.
     """
     if outlive_sigterm:
         ignore_sigterm()
     choice = EpochChoice(shared_epoch.get_value()) if shared_epoch is not None else RandomChoice()
-    samples = stream(shards, recipe.wanted.__contains__, choice)
+    samples = stream(shards, processor.wanted.__contains__, choice)
     rng = random.Random()
     shuffle = partial(shuffled, size=SHUFFLE_BUFFER, initial=SHUFFLE_INITIAL, rng=rng)
-    for batch, _ in batches(samples, recipe, tokenizer, batch_size, tally, shuffle):
+    for batch, _ in batches(samples, processor, tokenizer, batch_size, tally, shuffle):
         yield batch, tally.take_counts()
 
 
@@ -156,9 +158,10 @@ def keep_image_and_caption(samples: Iterable[dict]) -> Iterator[dict]:
 
 
 class BaselineStages:
-    """Stages between OpenCLIP's, which count what those skip without a word, and give up in time.
+    """Stages between OpenCLIP's stages.
 
-    One object serves one worker: its stages share a tally.
+    They count samples that OpenCLIP's stages skip silently, and stop the run when there are too
+    many. One object serves one worker: its stages share a tally.
     """
 
     def __init__(self, tally: Tally, outlive_sigterm: bool):
@@ -169,7 +172,7 @@ class BaselineStages:
         self.used = False
 
     def open_shards(self, shards: Iterable[dict]) -> Iterator[dict]:
-        """Over the shards that the tar reader opens."""
+        """A stage over shards: count those in a row that have no readable sample."""
         if self.outlive_sigterm:
             ignore_sigterm()
         self.used = False
@@ -183,7 +186,7 @@ class BaselineStages:
             yield shard
 
     def check_members(self, samples: Iterable[dict]) -> Iterator[dict]:
-        """Over the samples in the shards: OpenCLIP's ``select`` drops those that lack a member."""
+        """A stage over samples: count those that OpenCLIP's ``select`` will drop."""
         for sample in samples:
             self.empty_shards = 0
             self.tally.read += 1
@@ -194,7 +197,7 @@ class BaselineStages:
             yield sample
 
     def start_sample(self, samples: Iterable[dict]) -> Iterator[dict]:
-        """Before decoding: the sample before is undecodable if it did not come out."""
+        """A stage before decoding: if the previous sample was not yielded, it is undecodable."""
         for sample in samples:
             if self.started is not None:
                 undecodable = BadSample("undecodable image or caption")
@@ -203,7 +206,7 @@ class BaselineStages:
             yield sample
 
     def finish_sample(self, samples: Iterable[dict]) -> Iterator[dict]:
-        """After decoding."""
+        """A stage after decoding: count the sample as used."""
         for sample in samples:
             self.started = None
             self.decodable.end()
@@ -213,7 +216,7 @@ class BaselineStages:
             self.tally.give_up(self.tally.skipped)
 
     def finish_batch(self, samples: Iterable[tuple]) -> Iterator[tuple[Batch, Counts]]:
-        """Over batches."""
+        """A stage over batches: yield them with their counts."""
         for images, texts, uids in samples:
             yield Batch(images, texts[:, None], list(uids)), self.tally.take_counts()
 
@@ -230,10 +233,10 @@ def _find_unknown(sample: dict) -> Unknown | None:
 
 
 # --- options --------------------------------------------------------------------------------------
-def make_recipe(args: Any, preprocess: Callable) -> Recipe:
-    """The recipe that the trainer's options ask for."""
+def make_processor(args: Any, preprocess: Callable) -> Processor:
+    """Make the processor that the trainer's options ask for."""
     if not args.dataset_reinforcement:
-        return BaselineRecipe(preprocess)
+        return BaselineProcessor(preprocess)
     with open(args.dataset_reinforcement_config, encoding="utf-8") as file:
         config = json.load(file)["reinforce"]["image_augmentation"]
     config = adapt_augmentation(config, preprocess, args.image_interpolation)
@@ -243,7 +246,7 @@ def make_recipe(args: Any, preprocess: Callable) -> Recipe:
         mix_ratio = args.dataset_reinforcement_mix_synthetic_ratio
     dimensions = args.distill_teacher_dimension
     width = None if dimensions == [-1] else sum(dimensions)
-    return ReinforcedRecipe(
+    return ReinforcedProcessor(
         compose,
         statistics,
         mix_ratio,

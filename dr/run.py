@@ -1,7 +1,7 @@
 """What a training run does between OpenCLIP's steps: checkpoints, pre-emption, and stopping on NaN.
 
-With ``--save-every-n-steps`` or ``--dataset-without-replacement`` a checkpoint also holds ``dr``:
-how far the run is within the epoch, the state of the loaders, and the state of the random
+With ``--save-every-n-steps`` or ``--dataset-without-replacement`` a checkpoint also contains
+``dr``: the position within the epoch, the state of the loaders, and the state of the random
 generators. On SIGTERM, which a job gets when it is pre-empted, all ranks agree on a step, save, and
 exit with status 143. A loss that is not finite stops all ranks; each writes the uids of its last
 batches to the log folder.
@@ -104,7 +104,10 @@ class Run:
         return content
 
     def load_state_dict(self, content: dict) -> None:
-        """Continue where the run was that wrote a checkpoint, as far as the checkpoint says."""
+        """Restore the position at which the checkpoint was written.
+
+        A checkpoint without ``dr`` has only the number of epochs.
+        """
         state = content.get("dr")
         if self.loader is None:
             return

@@ -1,9 +1,9 @@
 """One sample of a joined shard: decode it, choose from it, and augment its image.
 
 A sample holds A stored augmentations of its image, 1 original and S synthetic captions, and the
-teachers' embeddings of all of them. :func:`draw` chooses one augmentation and the captions for this
-visit, and returns them with exactly their embeddings: a few KB in place of 221. The image stays
-compressed until :func:`decode_image`.
+teachers' embeddings of all of them. :func:`select` chooses one augmentation and the captions for
+this visit, and returns them with exactly their embeddings: a few KB in place of 222. The image
+stays compressed until :func:`decode_image`.
 
 Shards come from strangers: nothing is unpickled, and nothing inflates beyond a bound. Whatever is
 wrong with a sample is raised as ``BadSample``; the caller decides what happens then.
@@ -44,7 +44,8 @@ class BadSample(ValueError):
     """A sample that cannot be used.
 
     Attributes:
-        reason: what is wrong in a few words, the same for all samples with this fault, to count by.
+        reason: the fault in a few words, the same for all samples with this fault; used as the key
+            when counting.
         unknown: members with unknown extensions of a sample that lacks something.
     """
 
@@ -353,7 +354,7 @@ def _to_rgb(img: Image.Image) -> Image.Image:
     return img if img.mode == "RGB" else img.convert("RGB")
 
 
-def draw(
+def select(
     sample: dict,
     compose: Compose,
     choice: Choice,
@@ -442,14 +443,14 @@ def _choose_synthetic(uid: str, lists: dict[str, list[str]], choice: Choice) -> 
     return keys[number], choice.choose(uid, "caption", counts[number])
 
 
-# --- what training makes of a sample --------------------------------------------------------------
-class ReinforcedRecipe:
-    """One stored augmentation, its captions and their embeddings.
+# --- processors: what training does with a sample -------------------------------------------------
+class ReinforcedProcessor:
+    """Selects one stored augmentation, captions and their embeddings, and augments the image.
 
     Args:
         compose: the augmentation as the student sees it, up to ``to_tensor``.
-        statistics: mean and standard deviation ``[2, 3]`` to normalise the batch with.
-        mix_ratio, width, list_keys: see :func:`draw`.
+        statistics: normalisation statistics: mean and standard deviation ``[2, 3]``.
+        mix_ratio, width, list_keys: see :func:`select`.
         min_side: pixels; images with a shorter side are skipped.
     """
 
@@ -467,43 +468,45 @@ class ReinforcedRecipe:
         self.compose, self.statistics = compose, statistics
         self.mix_ratio, self.width, self.list_keys = mix_ratio, width, list_keys
         self.min_side = min_side
-        self._has_drawn = False
+        self._has_selected = False
 
-    def draw(self, sample: dict, choice: Choice) -> dict:
-        """A row: a few KB in place of a sample's 221; see :func:`draw`.
+    def select(self, sample: dict, choice: Choice) -> dict:
+        """Select from a sample: a few KB in place of 222; see :func:`select`.
 
         Raises:
             BadSample: the sample cannot be used.
             ValueError: the embeddings of the first sample have another width than the options say.
         """
         try:
-            row = draw(sample, self.compose, choice, self.mix_ratio, self.width, self.list_keys)
+            selected = select(
+                sample, self.compose, choice, self.mix_ratio, self.width, self.list_keys
+            )
         except BadSample as error:
-            if error.reason == "embedding width" and not self._has_drawn:
+            if error.reason == "embedding width" and not self._has_selected:
                 where = f"{sample.get('__key__')} of {sample.get('__url__')}"
                 raise ValueError(f"{where}: {error} by --distill-teacher-dimension") from error
             raise
-        self._has_drawn = True
-        return row
+        self._has_selected = True
+        return selected
 
-    def augment(self, row: dict, choice: Choice) -> dict:
-        """The row with its ``image``, uint8 ``[H, W, 3]``; float32 ``[3, H, W]`` if it erases."""
-        img = decode_image(row)
+    def augment(self, selected: dict, choice: Choice) -> dict:
+        """Add the ``image``: uint8 ``[H, W, 3]``, or float32 ``[3, H, W]`` if a part is erased."""
+        img = decode_image(selected)
         if min(img.size) < self.min_side:
             raise BadSample(
                 "small image", f"{img.width}x{img.height}, under {self.min_side} pixels"
             )
         try:
-            image, _ = self.compose.reapply(img, row["params"])
+            image, _ = self.compose.reapply(img, selected["params"])
         except ValueError as error:
             raise BadSample("augmentation parameters", error) from error
         if not isinstance(image, Tensor):
             image = torch.from_numpy(np.array(image))
-        return {**row, "image": image}
+        return {**selected, "image": image}
 
 
-class BaselineRecipe:
-    """Image and original caption, preprocessed as OpenCLIP does.
+class BaselineProcessor:
+    """Takes image and original caption, and preprocesses the image as OpenCLIP does.
 
     Args:
         preprocess: OpenCLIP's training transform of the student.
@@ -515,22 +518,21 @@ class BaselineRecipe:
     def __init__(self, preprocess: Callable[[Image.Image], Tensor]):
         self.preprocess = preprocess
 
-    def draw(self, sample: dict, choice: Choice) -> dict:
-        """A row with the caption, and the image as it was."""
+    def select(self, sample: dict, choice: Choice) -> dict:
+        """Add the caption; the image stays as it is."""
         check_members(sample, PLAIN_MEMBERS)
         return {**sample, "captions": [caption(sample)]}
 
-    def augment(self, row: dict, choice: Choice) -> dict:
-        """The row with its ``image``, float32 ``[3, H, W]``, augmented as ``choice`` decides."""
-        img = decode_image(row)
-        with _seed_generators(choice.generator(row["__key__"], "image")):
-            return {**row, "image": self.preprocess(img)}
+    def augment(self, selected: dict, choice: Choice) -> dict:
+        """Add the ``image``, float32 ``[3, H, W]``, augmented as ``choice`` decides."""
+        img = decode_image(selected)
+        with _seed_generators(choice.generator(selected["__key__"], "image")):
+            return {**selected, "image": self.preprocess(img)}
 
 
 @contextmanager
 def _seed_generators(own: random.Random) -> Iterator[None]:
-    """Seed the global random generators, from which transforms draw, and restore them at the
-    end."""
+    """Seed the global random generators, which transforms use, and restore them at the end."""
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(own.getrandbits(64))
     np.random.seed(own.getrandbits(32))

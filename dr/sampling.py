@@ -1,4 +1,4 @@
-"""Which sample comes when, without replacement: pure functions of the seed and of what was taken.
+"""The order of samples without replacement: pure functions of the seed and the samples taken.
 
 A run is a sequence of passes. In pass p the shards are permuted by (seed, p), and the positions
 0 … N - 1 count through their samples in that order. Each stream (one worker of one rank) gets a
@@ -6,10 +6,11 @@ contiguous part of the positions, cut into windows of ``WINDOW`` positions, whic
 each position of a pass belongs to one stream. A stream that has reached the end of its part goes on
 with its part of the next pass.
 
-A stream's state is its cursor: (pass, positions taken in it). A checkpoint holds the cursors of all
-streams. If a run is resumed on another number of streams, the positions that are left of each pass
-are redistributed; the cursors of the previous layouts say which were taken. Only the list of shards
-is kept in memory, nothing of the size of the data set.
+A stream's state is its cursor: (pass, positions taken in it). A checkpoint stores the cursors of
+all streams. The layout of a run is its number of ranks and of workers of each rank, and so its
+number of streams. If a run is resumed on another layout, the positions that are left of each pass
+are redistributed; the cursors of the previous layouts tell which positions were taken. Only the
+list of shards is kept in memory, nothing of the size of the data set.
 """
 
 import itertools

@@ -1,10 +1,10 @@
-"""Where samples come from: shards in the order in which the trainer draws them, or passes.
+"""Where samples come from: shards in the order in which the trainer samples them, or passes.
 
 ``stream``   reads shards one after the other, for sampling with replacement
 ``passes``   reads the samples of one stream of positions, for sampling without replacement
 
-Both yield ``Item``s that hold a sample's members. ``passes`` reads tars by random access, so it
-does not cover ``pipe:`` and ``http:`` addresses or compressed tars.
+Both yield ``Item``s that contain a sample's members. ``passes`` reads tars by random access, so it
+does not support ``pipe:`` and ``http:`` URLs or compressed tars.
 """
 
 import os
@@ -31,7 +31,7 @@ UNREADABLE = "shard that can't be read"
 # Shards in a row without one readable sample, after which a stream gives up.
 MAX_UNREADABLE_SHARDS = 10
 MAX_OPEN_SAMPLES = 30_000  # of a worker's open shards: two shards of DataComp, about 1 KB a sample
-MAX_OPEN_SHARDS = 100  # as many open files
+MAX_OPEN_SHARDS = 100  # each is an open file
 
 
 class Skipped(NamedTuple):
@@ -55,23 +55,23 @@ class Item(NamedTuple):
     """A sample on its way from the shards to a batch.
 
     Attributes:
-        row: its members by extension, with ``__key__`` and ``__url__``; later what a recipe makes
-            of them. Empty if the sample is skipped.
+        sample: its members by extension, with ``__key__`` and ``__url__``; after a processor, the
+            selected parts. Empty if the sample is skipped.
         choice: how its augmentation and captions are chosen.
         cursor: without replacement, the stream's cursor after this sample.
         skipped: why it is skipped; None: it is not.
     """
 
-    row: dict
+    sample: dict
     choice: Choice
     cursor: Cursor | None = None
     skipped: Skipped | None = None
 
     def skip(self, error: BadSample, key: str = "", url: str = "") -> "Item":
         """This item, skipped for the reason of ``error``."""
-        key, url = self.row.get("__key__", key), self.row.get("__url__", url)
+        key, url = self.sample.get("__key__", key), self.sample.get("__url__", url)
         skipped = Skipped(error.reason, str(error), key, url, error.unknown)
-        return self._replace(row={}, skipped=skipped)
+        return self._replace(sample={}, skipped=skipped)
 
 
 def stream(
@@ -94,9 +94,9 @@ def stream(
             with wds.gopen(url) as file:
                 for key, members in read_samples(file, wanted):
                     empty = 0
-                    row: dict = members
-                    row |= {"__key__": key, "__url__": url}
-                    yield Item(row, choice)
+                    sample: dict = members
+                    sample |= {"__key__": key, "__url__": url}
+                    yield Item(sample, choice)
         except Exception as error:  # of files, pipes and HTTP, and of damaged tars
             fault = f"{type(error).__name__}: {error}"
             yield Item({}, choice).skip(BadSample(UNREADABLE, fault), url=url)
@@ -136,7 +136,8 @@ class ShardReader:
     """Reads any sample of any shard by its place.
 
     The headers of a shard are read when its first sample is asked for. After that a sample takes
-    one ``pread`` for each member. The shards used last stay open, within the bounds above.
+    one ``pread`` for each member. The shards used last stay open: at most ``MAX_OPEN_SHARDS``, and
+    if they are more than two, with at most ``MAX_OPEN_SAMPLES`` samples together.
 
     Args:
         shards: paths of tars.
@@ -151,7 +152,7 @@ class ShardReader:
         """Members of a sample by extension, as bytes, with ``__key__`` and ``__url__``.
 
         Raises:
-            BadSample: the shard cannot be read so far, or holds fewer samples.
+            BadSample: the shard cannot be read up to that place, or has fewer samples.
         """
         opened = self._open(shard)
         if opened.file is None or place >= len(opened.samples):
@@ -196,14 +197,14 @@ def count_samples(shards: Sequence[str]) -> list[tuple[int, str]]:
 
 
 class StreamState(NamedTuple):
-    """Where one stream of positions stands; see ``sampling``.
+    """The position of one stream of samples; see ``sampling``.
 
     Attributes:
-        seed: of the run.
-        sizes: samples in each shard.
-        previous: cursors of the previous layouts.
-        streams, stream: how many streams there are, and which one this is.
-        cursor: of this stream.
+        seed: seed of the run.
+        sizes: number of samples in each shard.
+        previous: cursors of all streams of the previous layouts.
+        streams, stream: number of streams, and the number of this one.
+        cursor: cursor of this stream.
     """
 
     seed: int
@@ -225,6 +226,6 @@ def passes(reader: ShardReader, state: StreamState) -> Iterator[Item]:
         shard, place = order(pass_).locate(position)
         item = Item({}, ScheduledChoice(seed, pass_), cursor)
         try:
-            yield item._replace(row=reader.read(shard, place))
+            yield item._replace(sample=reader.read(shard, place))
         except BadSample as error:
             yield item.skip(error, f"number {place}", reader.shards[shard])

@@ -5,8 +5,8 @@ Nearly every header in a shard belongs to a plain file. ``tarfile`` takes seven 
 reader here for a sample of seven members (0.35 ms against 0.05, scripts/benchmarks/loader.py), so
 plain headers are parsed here and all other headers are left to ``tarfile``.
 
-Does not cover compressed tars, whose readers know no bound, and writing. Imports neither torch nor
-webdataset.
+Not supported: compressed tars, because their readers do not limit what they inflate, and writing.
+The module imports neither torch nor webdataset.
 """
 
 import io
@@ -80,7 +80,7 @@ class Unknown(NamedTuple):
 
 
 class Members(dict[str, Value]):
-    """What is kept of a sample's members, by extension.
+    """The members of a sample by extension, each with a value such as its bytes.
 
     Attributes:
         unknown: those whose extension is not one of ``KNOWN_MEMBERS``; None: there are none.
@@ -247,11 +247,11 @@ def group_members(
     once.
 
     Args:
-        members: names, and what to keep of each member; None: nothing. A member that is not kept
+        members: names, and a value to keep for each member; None: none. A member without a value
             separates samples like any other.
 
     Yields:
-        key and ``{extension: what to keep}``. Where ``members`` raises, the sample before it comes
+        key and ``{extension: value}``. Where ``members`` raises, the sample before it comes
         first.
     """
     current: str | None = None

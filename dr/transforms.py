@@ -1,14 +1,14 @@
-"""Reproducible augmentations: draw parameters once, store them, and apply them again exactly.
+"""Reproducible augmentations: sample parameters once, store them, and apply them again exactly.
 
     compose = compose_from_config(config["reinforce"]["image_augmentation"])
-    tensor, params = compose(img)  # draw and apply
+    tensor, params = compose(img)  # sample and apply
     stored = json.dumps(compose.compress(params))
     params = compose.decompress(json.loads(stored))
     tensor, params = compose.reapply(img, params)  # the same tensor, bit for bit
 
 Every operation is torchvision's, on PIL images up to ``to_tensor``. Random numbers come from
-torch's global generator in the order in which torchvision draws them, so one seed gives the same
-pixels here and there. Does not cover batches, tensors as input, and augmentations whose parameters
+torch's global generator in the order in which torchvision uses them, so one seed gives the same
+pixels here and there. Not supported: batches, tensors as input, and augmentations whose parameters
 do not fit a short list, such as random fill values.
 """
 
@@ -91,8 +91,8 @@ def _check_box(name: str, img: Image.Image, box: tuple[int, int, int, int]) -> N
 
 
 # One class for each transform. Its fields are torchvision's arguments, with torchvision's defaults.
-# ``apply`` does the work. A random transform also has ``draw(img)``, which returns a JSON-ready
-# parameter, and ``parse(stored)``, which checks a stored parameter and returns it.
+# ``apply`` does the work. A random transform also has ``sample_params(img)``, which returns random
+# parameters ready for JSON, and ``parse(stored)``, which checks stored parameters and returns them.
 @dataclasses.dataclass
 class ToRGB:
     def apply(self, img: Any, param: Any = None) -> Any:
@@ -139,7 +139,7 @@ class RandomCropBox:
             img = F.pad(img, [0, height - img.height], self.fill, self.padding_mode)
         return img
 
-    def draw(self, img: Any) -> Any:
+    def sample_params(self, img: Any) -> Any:
         return tuple(RandomCrop.get_params(self._pad(img), self.size)[:2])
 
     def parse(self, stored: Any) -> Any:
@@ -162,7 +162,7 @@ class RandomResizedCropBox:
     def __post_init__(self) -> None:
         self.size = _pair(self.size)
 
-    def draw(self, img: Any) -> Any:
+    def sample_params(self, img: Any) -> Any:
         return tuple(RandomResizedCrop.get_params(img, list(self.scale), list(self.ratio)))
 
     def parse(self, stored: Any) -> Any:
@@ -178,7 +178,7 @@ class RandomResizedCropBox:
 class RandomHorizontalFlip:
     p: float = 0.5
 
-    def draw(self, img: Any) -> Any:
+    def sample_params(self, img: Any) -> Any:
         return bool(torch.rand(1) < self.p)
 
     def parse(self, stored: Any) -> Any:
@@ -215,17 +215,17 @@ class RandAugment:
             largest = largest * (img.width if name == "TranslateX" else img.height)
         return float(torch.linspace(0.0, largest, bins)[self.magnitude])
 
-    def draw(self, img: Any) -> Any:
+    def sample_params(self, img: Any) -> Any:
         if self.p < 1.0 and torch.rand(1) >= self.p:
             return None
-        drawn = []
+        params = []
         for _ in range(self.num_ops):
             op = int(torch.randint(len(RAND_AUGMENT_OPS), (1,)))
             magnitude = self._magnitude(op, img)
             if RAND_AUGMENT_OPS[op][1] and torch.randint(2, (1,)):
                 magnitude *= -1.0
-            drawn.append((op, magnitude))
-        return tuple(drawn)
+            params.append((op, magnitude))
+        return tuple(params)
 
     def parse(self, stored: Any) -> Any:
         if stored is None:
@@ -277,7 +277,7 @@ class RandomEraseBox:
         values = self.value if isinstance(self.value, Sequence) else [self.value]
         self.value = [float(v) for v in values]
 
-    def draw(self, img: Any) -> Any:
+    def sample_params(self, img: Any) -> Any:
         if torch.rand(1) >= self.p:
             return None
         top, left, height, width, fill = RandomErasing.get_params(
@@ -335,15 +335,15 @@ class Compose:
     """A fixed sequence of transforms, some of them random, whose parameters can be stored and
     applied again.
 
-    ``params`` is a dict from the name of each random transform to what it drew.
+    ``params`` is a dict from the name of each random transform to its parameters.
     """
 
     def __init__(self, transforms: dict[str, Any]):
         self.transforms = transforms
-        self.random = [name for name, transform in transforms.items() if hasattr(transform, "draw")]
+        self.random = [name for name in transforms if hasattr(transforms[name], "sample_params")]
 
     def __call__(self, img: Image.Image) -> tuple[Any, dict]:
-        """Draw new parameters and apply them.
+        """Sample new parameters and apply them.
 
         Args:
             img: PIL image.
@@ -355,7 +355,7 @@ class Compose:
         params = {}
         for name, transform in self.transforms.items():
             if name in self.random:
-                params[name] = transform.draw(img)
+                params[name] = transform.sample_params(img)
             img = transform.apply(img, params.get(name))
         return img, params
 
@@ -411,9 +411,9 @@ def split_for_device(compose: Compose) -> tuple[Compose, torch.Tensor]:
     """Split off the last steps, which :func:`to_normalized` does for a whole batch on the device.
 
     Returns:
-        A Compose that ends with a PIL image (with a tensor if it erases), and mean and standard
-        deviation, float32 ``[2, 3]``. Both together give what ``compose`` gives, bit for bit on a
-        CPU.
+        A Compose that ends with a PIL image (with a tensor if it erases), and the normalisation
+        statistics: mean and standard deviation, float32 ``[2, 3]``. Both together give what
+        ``compose`` gives, bit for bit on a CPU.
     """
     normalize = compose.transforms["normalize"]
     late = ("normalize",) if "random_erase" in compose.transforms else ("to_tensor", "normalize")
@@ -422,7 +422,7 @@ def split_for_device(compose: Compose) -> tuple[Compose, torch.Tensor]:
 
 
 def to_normalized(images: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
-    """Pixels as the model takes them.
+    """Normalise a batch of images.
 
     Args:
         images: uint8 ``[B, H, W, 3]``, or float32 ``[B, 3, H, W]`` in 0 … 1.

@@ -1,7 +1,8 @@
-"""Model names and released weights: configs of newer OpenCLIP releases, safetensors, statistics.
+"""Model names and released weights: configs of newer OpenCLIP releases, safetensors, preprocessing.
 
-The images of a model are preprocessed with the statistics that its weights were trained with.
-OpenCLIP knows those of its tags; this module finds those of weight files.
+Images must be preprocessed as those that the weights were trained with: with the same normalisation
+statistics (mean and standard deviation), and the same interpolation when they are resized. OpenCLIP
+knows these of its tags; this module finds those of weight files.
 """
 
 import json
@@ -24,14 +25,15 @@ def register_model(name: str) -> str:
     """Register a model config with OpenCLIP.
 
     Args:
-        name: of a model; or of a model that only the installed open_clip_torch knows, which may be
-            newer than the patched tree; or a model config ``FILE.json``.
+        name: the name of a model of the patched tree, the name of a MobileCLIP model of the
+            installed open_clip_torch, which may be newer than the tree, or the path of a model
+            config ``FILE.json``.
 
     Returns:
         The model's name: ``FILE`` for ``FILE.json``; other names as they are.
 
     Raises:
-        FileNotFoundError: there is no such file, or no config of a MobileCLIP model.
+        FileNotFoundError: there is no such file, or no such MobileCLIP model.
     """
     if name.endswith(".json"):
         if not os.path.isfile(name):
@@ -69,12 +71,12 @@ def load_weights(checkpoint_path: str, *args: Any, **kwargs: Any) -> dict:
 open_clip.factory.load_state_dict = load_weights  # wherever OpenCLIP loads a checkpoint file
 
 
-class Statistics(NamedTuple):
+class Preprocessing(NamedTuple):
     """How images are preprocessed.
 
     Attributes:
-        mean, std: of the three channels.
-        interpolation: of the resize.
+        mean, std: mean and standard deviation of the three channels, for the normalisation.
+        interpolation: interpolation of the resize.
     """
 
     mean: tuple[float, ...]
@@ -85,8 +87,8 @@ class Statistics(NamedTuple):
         return f"mean {list(self.mean)}, std {list(self.std)}, {self.interpolation}"
 
 
-ZERO_ONE = Statistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
-OPENAI = Statistics(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic")
+ZERO_ONE = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
+OPENAI = Preprocessing(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic")
 # Names of released files, such as mobileclip_s1.pt and mobileclip2_b.pt.
 RELEASED = (
     (re.compile(r"mobileclip2[-_](s3|s4|l[-_]?14)\b"), OPENAI),
@@ -94,43 +96,43 @@ RELEASED = (
 )
 
 
-def find_statistics(weights: str) -> Statistics | None:
-    """The statistics of a weight file; None if they are not known.
+def find_preprocessing(weights: str) -> Preprocessing | None:
+    """Find the preprocessing of a weight file; None if it is not known.
 
-    They are known from an ``open_clip_config.json`` in the same folder, as in the Hub's OpenCLIP
-    layout, or from the name of a released MobileCLIP file or folder.
+    It is read from an ``open_clip_config.json`` in the same folder, as in the Hub's OpenCLIP
+    format, or from the name of a released MobileCLIP file or folder.
     """
     folder, name = os.path.split(os.path.abspath(weights))
     try:
         with open(os.path.join(folder, "open_clip_config.json"), encoding="utf-8") as file:
             found = json.load(file)["preprocess_cfg"]
         interpolation = found.get("interpolation", OPENAI.interpolation)
-        return Statistics(tuple(found["mean"]), tuple(found["std"]), interpolation)
+        return Preprocessing(tuple(found["mean"]), tuple(found["std"]), interpolation)
     except (OSError, ValueError, KeyError, TypeError):
         pass
     for text in (name, os.path.basename(folder)):
         stem = text.lower().removesuffix(".pt").removesuffix(".safetensors")
-        for pattern, statistics in RELEASED:
+        for pattern, preprocessing in RELEASED:
             if pattern.match(stem.removesuffix("-openclip")):
-                return statistics
+                return preprocessing
     return None
 
 
 def follow_weights(args: Namespace) -> str | None:
-    """Set the image statistics that the weights of ``--pretrained FILE`` need.
+    """Set the preprocessing options that the weights of ``--pretrained FILE`` need.
 
     Returns:
-        What is wrong, if the options ask for other statistics.
+        An error message if the options ask for another preprocessing; None: there is no error.
     """
     if args.ignore_pretrained_statistics or not os.path.isfile(args.pretrained or ""):
         return None
-    statistics = find_statistics(args.pretrained)
-    if statistics is None:
+    preprocessing = find_preprocessing(args.pretrained)
+    if preprocessing is None:
         return None
     wrong = []
-    for option in Statistics._fields:
+    for option in Preprocessing._fields:
         name = f"image_{option}"
-        value, needed = getattr(args, name), getattr(statistics, option)
+        value, needed = getattr(args, name), getattr(preprocessing, option)
         given = tuple(value) if isinstance(value, list) else value
         if given is None:
             setattr(args, name, list(needed) if isinstance(needed, tuple) else needed)
@@ -138,8 +140,8 @@ def follow_weights(args: Namespace) -> str | None:
             wrong.append(f"--image-{option} {value}")
     if wrong:
         return (
-            f"--pretrained {args.pretrained} was trained with {statistics}, but {', '.join(wrong)} "
-            "was given: remove it, or add --ignore-pretrained-statistics"
+            f"--pretrained {args.pretrained} was trained with {preprocessing}, but "
+            f"{', '.join(wrong)} was given: remove it, or add --ignore-pretrained-statistics"
         )
-    logging.info(f"Image statistics of {args.pretrained}: {statistics}")
+    logging.info(f"Image preprocessing of {args.pretrained}: {preprocessing}")
     return None

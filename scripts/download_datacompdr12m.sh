@@ -19,6 +19,7 @@
 #     DATACOMPDR12M_NOIMG_PATH    folder of DataCompDR-12M; datasets/DataCompDR-12M-noimage
 #     DATACOMPDR1B_NOIMG_PATH     folder of DataCompDR-1B; datasets/DataCompDR-1B-noimage
 #     WORKERS                     files that are downloaded at the same time; 8
+#     PYTHON                      Python interpreter; that of the active environment or of .venv
 # The default folders are at the repository's root. Relative paths that you set are relative to the
 # current folder.
 set -euo pipefail

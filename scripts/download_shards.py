@@ -1,27 +1,28 @@
-"""Download shards of data sets from the Hugging Face Hub: a range or all, each set to its folder.
+"""Download shards of data sets from the Hugging Face Hub, all or a range, each set to its folder.
 
     python scripts/download_shards.py --shards 0-3 \\
         --repo mlfoundations/DataComp-12M datasets/DataComp-12M \\
         --repo apple/DataCompDR-12M datasets/DataCompDR-12M-noimage
 
-First prints the licence of each data set, and how many files and bytes will be downloaded. Nothing
-is downloaded if a data set lacks a shard of the range, if the disk is too small, or if the folder
-has a shard of another size, which is never overwritten: it is another data set's, or damaged. The
-small files that describe a data set (README, licence, manifest) are downloaded as well.
+The script first prints the licence of each data set, and the number of files and bytes to download.
+Nothing is downloaded if a data set lacks a shard of the range, if the disk is too small, or if the
+folder has a shard of another size: it belongs to another data set or is damaged, and is never
+overwritten. The small files that describe a data set (README, licence, manifest) are downloaded as
+well.
 
 HF_TOKEN (or the token of `hf auth login`), HF_ENDPOINT and HF_HOME work as in huggingface_hub.
 
-Run it again to download what is missing, to the byte: a shard that was cut off continues where it
-stopped. huggingface_hub's own downloads would start such a shard again, so the bytes are streamed
-here by HTTP, which the Hub also serves for its Xet storage. A shard gets its name when its SHA-256
-is the Hub's and it is on disk. Several runs, also on several machines, may download to one folder:
-each waits for the shards that another is downloading.
+Run it again to download the missing files: a shard that was cut off continues where it stopped.
+huggingface_hub's own downloads would start such a shard again, so the script streams the bytes by
+HTTP, which the Hub also serves for its Xet storage. A shard gets its name when its SHA-256 equals
+the one that the Hub lists, and it is on disk. Several runs, also on several machines, may download
+to one folder: each waits for the shards that another is downloading.
 
 Outputs in each folder
     <shard>.tar, README.md …    as in the repository
     .download/                  name of the data set, locks, unfinished files (*.partial)
 
-Does not read finished files again: a shard of the Hub's size counts as complete.
+Finished files are not read again: a shard of the size that the Hub lists counts as complete.
 """
 
 import argparse
@@ -432,7 +433,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     text = "shards in each folder of the data set; 0 (default): there are no folders"
     add("--per-folder", type=int, default=0, help=text)
     add("--workers", type=int, default=8, help="files to download at once (default: 8)")
-    text = "give a file up after so many tries in a row that received nothing (default: 10)"
+    text = "give up a file after this many tries in a row that received nothing (default: 10)"
     add("--tries", type=int, default=10, help=text)
     add("--dry-run", action="store_true", help="print what would be downloaded, and end")
     args = parser.parse_args(arguments)

@@ -1,6 +1,7 @@
-"""Draw everything that is stored with a reinforced sample: a library, without a command.
+"""Draw everything that is stored with a joined sample.
 
-Captions in scripts that Pillow's own font lacks come out as boxes.
+This is a library, without a command; hf_dataset_example.py --output uses it. Characters that
+Pillow's own font lacks come out as boxes.
 """
 
 import functools

@@ -3,25 +3,26 @@
     python scripts/reinforce.py --input 'DIR/{00000000..00001023}.tar' --output DIR \\
         --config configs/datacompdr12m.json --synthetic-captions captions.jsonl
 
-Reads image-caption shards, as `scripts/join_shards.py --require image,caption` makes them. Writes
-one shard of the same name for each, in DataCompDR's layout: `<uid>.url.txt` (if the sample has it),
-`.syn.json`, `.paug.json`, `.npz` (or `.pth.gz`, in bfloat16), and `.json` with the image's sha256.
+The script reads image-caption shards, as `scripts/join_shards.py --require image,caption` makes
+them. For each it writes one reinforcement shard of the same name, with the members of DataCompDR:
+`<uid>.url.txt` (if the sample has it), `.syn.json`, `.paug.json`, `.npz` (or `.pth.gz`, in
+bfloat16), and `.json` with the image's sha256.
 
 The config names the teachers (`model_name` and `pretrained`, separated by commas: OpenCLIP model
 names or model config files; OpenCLIP tags or checkpoint files), the number of augmentations
 (`num_samples`), and the augmentation. Synthetic captions are lines of JSON:
 `{"uid": …, "syn_text": [str, …]}`. Teachers run in float32 unless --precision says otherwise.
 
-Skipped, and counted by reason: samples that lack an image, a caption or synthetic captions, or
-whose image, json or uid cannot be used. Blank synthetic captions are not stored. A shard fails,
-with one line, if it is damaged or cut off, or none of its samples is left. The other shards are
-reinforced, and the exit status is 1.
+These samples are skipped and counted by reason: samples that lack an image, a caption or synthetic
+captions, or whose image, json or uid cannot be used. Blank synthetic captions are not stored. A
+shard fails, with an error message of one line, if it is damaged or cut off, or if all its samples
+are skipped. The other shards are reinforced, and the exit status is 1.
 
 Under torchrun the ranks share the shards. A shard gets its name when it is complete, so the command
 can be run again: finished shards are skipped. The augmentations of a sample depend only on --seed
 and its uid.
 
-Does not make synthetic captions, and downloads nothing but OpenCLIP's own weights.
+The script does not make synthetic captions, and downloads nothing but OpenCLIP's own weights.
 """
 
 import argparse
@@ -110,7 +111,7 @@ class AugmentedShard(IterableDataset):
             yield {"damage": str(error)}
 
     def augment(self, key: str, members: Members[bytes]) -> Sample:
-        """Draw the augmentations of a sample, and apply them.
+        """Sample the augmentations of a sample, and apply them.
 
         Raises:
             BadSample: it lacks something, or has something unreadable.
@@ -136,13 +137,13 @@ class AugmentedShard(IterableDataset):
         img = decode_image(members)
         digest = hashlib.sha256(f"{self.seed} {uid}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        drawn = [self.compose(img) for _ in range(self.augmentations)]
+        augmented = [self.compose(img) for _ in range(self.augmentations)]
         return {
             "uid": uid,
             "sha256": sha256 if isinstance(sha256, str) else hashlib.sha256(image).hexdigest(),
             "url": members.get("url.txt"),
-            "images": torch.stack([image for image, _ in drawn]),
-            "params": [self.compose.compress(params) for _, params in drawn],
+            "images": torch.stack([image for image, _ in augmented]),
+            "params": [self.compose.compress(params) for _, params in augmented],
             "captions": [caption(members), *synthetic],
         }
 
@@ -150,7 +151,7 @@ class AugmentedShard(IterableDataset):
 def encode_members(
     sample: Sample, image_emb: torch.Tensor, text_emb: torch.Tensor, as_bf16: bool
 ) -> dict[str, bytes]:
-    """The members of a reinforced sample by extension.
+    """The members of a sample of a reinforcement shard, by extension.
 
     Args:
         sample: as :class:`AugmentedShard` yields it.
@@ -211,7 +212,7 @@ def skip_bad_samples(
 def embed_samples(
     samples: Iterable[Sample], teachers: Sequence[Teacher], batch_size: int, as_bf16: bool
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield ``(uid, members)`` of reinforced samples."""
+    """Yield ``(uid, members)`` of the samples of a reinforcement shard."""
     for batch in make_batches(samples, batch_size):
         images = torch.cat([sample["images"] for sample in batch])
         captions = [text for sample in batch for text in sample["captions"]]
@@ -312,7 +313,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--input", required=True, help="image-caption shards, as a brace pattern")
-    add("--output", required=True, type=Path, help="folder for the reinforced shards")
+    add("--output", required=True, type=Path, help="folder for the reinforcement shards")
     add("--config", required=True, type=Path, help="reinforcement config, as in configs/")
     text = "lines of JSON with uid and syn_text"
     add("--synthetic-captions", required=True, type=Path, help=text)

@@ -53,8 +53,8 @@ from dr.sample import (
     augmentation_parameters,
     caption,
     decode_image,
-    draw,
     embeddings,
+    select,
     synthetic_captions,
 )
 from dr.sampling import RandomChoice
@@ -155,7 +155,7 @@ def check_sample(
     Raises:
         BadSample: training could not use it, or something that it could sample from it.
     """
-    draw(sample, compose, RandomChoice(), width=sum(dimensions))  # training's own checks
+    select(sample, compose, RandomChoice(), width=sum(dimensions))  # training's own checks
     parameters, stored = augmentation_parameters(sample), embeddings(sample)
     try:
         params = [compose.decompress(entry) for entry in parameters]

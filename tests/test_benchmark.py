@@ -27,24 +27,25 @@ def table(name, *arguments):
     ]
 
 
-def test_loader_recipe_and_plain_way_side_by_side_in_both_formats():
+def test_this_loader_and_the_plain_way_side_by_side_in_both_formats():
     rows = table("loader", "--samples", "4", "--batches", "1", "--shuffle", "64", "--profile")
     variants = [row[:2] for row in rows if len(row) > 2]
-    ways = ("plain", "recipe", "recipe, passes", "floor")
+    ways = ("plain", "this loader", "this loader, passes", "floor")
     expected = [[kind, way] for kind in ("fp32 npz", "bf16 pth.gz") for way in ways]
     assert [row for row in variants if row in expected] == expected
     sent = {row[1]: float(row[7]) for row in rows if row[0] == "fp32 npz" and len(row) > 7}
-    assert sent["recipe"] == sent["recipe, passes"] < 0.3 * sent["plain"]  # bytes, not seconds
+    assert (
+        sent["this loader"] == sent["this loader, passes"] < 0.3 * sent["plain"]
+    )  # bytes, not seconds
     assert [row[0] for row in rows].count("read tars") == 2
 
 
 def test_loss_and_formula_agree_in_the_table():
     rows = table("loss", "--size", "8x32")
     assert [row[2] for row in rows[2:]] == ["formula", "dr/loss.py", "matrix products"] * 2
-    for formula, recipe in (rows[2:4], rows[5:7]):
+    for formula, ours in (rows[2:4], rows[5:7]):
         assert (
-            float(recipe[7]) == pytest.approx(float(formula[7]), rel=1e-5)
-            and float(recipe[8]) < 1e-4
+            float(ours[7]) == pytest.approx(float(formula[7]), rel=1e-5) and float(ours[8]) < 1e-4
         )
 
 

@@ -501,9 +501,7 @@ def test_strange_metadata_costs_no_other_sample(folders, server):
     samples[0][1]["url.txt"] = b"\xef\xbb\xbf " + url + b"\r\n"  # a byte order mark
     bad = [sample("a", b'{"uid": "\\ud800"}'), sample("b", b"["), sample("c", b"[" * 200_000)]
     bad += [(uid(4), {"url.txt": url + b"\xff"}), (uid(5), {"url.txt": b" \n"})]
-    write_shard(
-        folders.captions / "00000000.tar", [*samples, *bad, (uid(3), {"txt": b"no URL"})]
-    )
+    write_shard(folders.captions / "00000000.tar", [*samples, *bad, (uid(3), {"txt": b"no URL"})])
     left = folders.images / ".img2dataset" / "new-left"
     left.mkdir(parents=True)  # by a run that was killed at its beginning, long ago
     os.utime(left, (0, 0))

@@ -30,13 +30,13 @@ from dr.pipeline import (
     adapt_augmentation,
     adapt_stages,
     keep_image_and_caption,
-    make_recipe,
+    make_processor,
 )
 from dr.sample import (
     PLAIN_MEMBERS,
     USED_MEMBERS,
     BadSample,
-    BaselineRecipe,
+    BaselineProcessor,
     decode_image,
 )
 from dr.sampling import RandomChoice
@@ -71,10 +71,10 @@ def pipeline(args, shards, repeat=True):
     """The chain over a stream of shards, without shuffling."""
     urls = wds.SimpleShardList(shards).urls
     urls = itertools.cycle(urls) if repeat else urls
-    recipe = make_recipe(args, preprocess())
-    tally = Tally(recipe.members, SkipLimit(10**9, 1.0))
+    processor = make_processor(args, preprocess())
+    tally = Tally(processor.members, SkipLimit(10**9, 1.0))
     samples = stream(({"url": url} for url in urls), USED_MEMBERS.__contains__)
-    for batch, _ in batches(samples, recipe, tokenizer, args.batch_size, tally):
+    for batch, _ in batches(samples, processor, tokenizer, args.batch_size, tally):
         yield batch
 
 
@@ -118,11 +118,11 @@ def test_samples_of_both_precisions_make_float32_batches_without_rounding(tmp_pa
     assert image_emb[:, 0].tolist() == text_emb[:, 1, 0].tolist() == stored * 4
 
 
-def test_rows_are_drawn_in_blocks_and_nothing_is_lost(tmp_path):
+def test_items_are_selected_in_blocks_and_nothing_is_lost(tmp_path):
     read = []
-    drawn = in_blocks((read.append(number) or number for number in range(100)), 64)
-    assert next(drawn) == 0 and len(read) == 64
-    assert list(drawn) == list(range(1, 100))
+    items = in_blocks((read.append(number) or number for number in range(100)), 64)
+    assert next(items) == 0 and len(read) == 64
+    assert list(items) == list(range(1, 100))
 
 
 def test_the_image_is_the_stored_augmentation_at_the_students_size_and_normalisation(tmp_path):
@@ -307,9 +307,9 @@ def test_keys_with_dots_cost_the_same_in_both_samplings_and_the_first_is_explain
     lacking = [(uid(n), {"txt": b"caption"}) for n in range(20, 28)]  # more than are logged
     shard = write_shard(tmp_path / "0.tar", [*lacking, *samples, *plain])
     args = options(tmp_path, batch_size=4)
-    reinforced = make_recipe(args, preprocess())
-    recipe = reinforced if kind == "reinforced" else BaselineRecipe(preprocess())
-    wanted = {e for extensions in recipe.members.values() for e in extensions}.__contains__
+    reinforced = make_processor(args, preprocess())
+    processor = reinforced if kind == "reinforced" else BaselineProcessor(preprocess())
+    wanted = {e for extensions in processor.members.values() for e in extensions}.__contains__
     state = StreamState(0, [13], [], 1, 0, (0, 0))
     baseline = BaselineStages(Tally(PLAIN_MEMBERS, SkipLimit(10**9, 1.0)), outlive_sigterm=False)
     found = {}
@@ -318,8 +318,8 @@ def test_keys_with_dots_cost_the_same_in_both_samplings_and_the_first_is_explain
         ("without", itertools.islice(passes(ShardReader([str(shard)], wanted), state), 13)),
     ):
         caplog.clear()
-        tally = Tally(recipe.members, SkipLimit(10**9, 1.0))
-        list(batches(source, recipe, tokenizer, 4, tally))
+        tally = Tally(processor.members, SkipLimit(10**9, 1.0))
+        list(batches(source, processor, tokenizer, 4, tally))
         found[sampling] = tally.take_counts()
         (line,) = [line for line in caplog.messages if RULE in line]
         assert f"Skipped sample photo of {shard}: lacks an image" in line
@@ -395,7 +395,7 @@ def stream_of(count, good):
 
 
 class Picky:
-    """A recipe whose stages refuse samples."""
+    """A processor whose stages refuse samples."""
 
     members, statistics = PLAIN_MEMBERS, None
 
@@ -407,8 +407,8 @@ class Picky:
             raise BadSample(f"refused by {name}")
         return {**row, "captions": [row["__key__"]], "image": torch.zeros(1)}
 
-    def draw(self, sample, choice):
-        return self.stage("draw", sample)
+    def select(self, sample, choice):
+        return self.stage("select", sample)
 
     def augment(self, row, choice):
         return self.stage("augment", row)
@@ -420,7 +420,7 @@ def picky_tokenizer(texts):
     return torch.zeros(len(texts), 2, dtype=torch.long)
 
 
-@pytest.mark.parametrize("stage", ["draw", "augment", "tokenise"])
+@pytest.mark.parametrize("stage", ["select", "augment", "tokenise"])
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
 def test_whatever_stage_skips_everything_the_worker_gives_up_within_1000_samples(stage, shuffle):
     read = []
@@ -430,13 +430,13 @@ def test_whatever_stage_skips_everything_the_worker_gives_up_within_1000_samples
             read.append(item)
             yield item
 
-    recipe = Picky(stage)
+    processor = Picky(stage)
     if stage == "tokenise":
-        recipe.stage = lambda name, row: {**row, "captions": ["bad"], "image": torch.zeros(1)}
+        processor.stage = lambda name, row: {**row, "captions": ["bad"], "image": torch.zeros(1)}
     mix = partial(shuffled, size=500, initial=100, rng=random.Random(0)) if shuffle else None
     tally = Tally(PLAIN_MEMBERS, SkipLimit(10**9, 1.0))
     with pytest.raises(RuntimeError, match="1000 samples in a row: not one sample can be used"):
-        next(batches(items(), recipe, picky_tokenizer, 8, tally, mix))
+        next(batches(items(), processor, picky_tokenizer, 8, tally, mix))
     assert len(read) <= 1000 + 500 + 64 + 8
 
 
@@ -463,11 +463,11 @@ def test_a_stage_that_has_used_a_sample_goes_on_through_many_bad_ones():
 
 def test_half_of_the_samples_bad_in_two_stages_does_not_stop_a_worker():
     """As many as are skipped before the shuffle buffer has been filled."""
-    recipe = Picky("draw")
+    processor = Picky("select")
     items = stream_of(range(20_000), lambda number: number % 3 == 0)
     mix = partial(shuffled, size=5000, initial=1000, rng=random.Random(0))
     tally = Tally(PLAIN_MEMBERS, SkipLimit(10**9, 1.0))
-    made = [batch for batch, _ in batches(items, recipe, picky_tokenizer, 8, tally, mix)]
+    made = [batch for batch, _ in batches(items, processor, picky_tokenizer, 8, tally, mix)]
     keys = [int(key) for batch in made for key in batch.uids]
     assert len(set(keys)) == len(keys) == 20_000 // 3 // 8 * 8 and keys != sorted(keys)
     assert tally.skipped.total() == 20_000 - len(range(0, 20_000, 3))

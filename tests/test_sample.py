@@ -1,4 +1,4 @@
-"""One sample: what is drawn belongs together, and whatever is broken is told, never run."""
+"""One sample: what is selected belongs together; what is broken is reported, never run."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ from dr.sample import (
     BadSample,
     caption,
     decode_image,
-    draw,
+    select,
     synthetic_captions,
 )
 from dr.sampling import RandomChoice
@@ -39,20 +39,21 @@ def test_the_embeddings_are_those_of_the_drawn_augmentation_and_captions(bf16, a
     seen = set()
     for seed in range(60):
         random.seed(seed)
-        drawn = draw(sample, COMPOSE, RandomChoice())
-        augmentation = stored.index(COMPOSE.compress(drawn["params"]))
-        original, synthetic = (int(text.split()[1]) for text in drawn["captions"])
+        selected = select(sample, COMPOSE, RandomChoice())
+        augmentation = stored.index(COMPOSE.compress(selected["params"]))
+        original, synthetic = (int(text.split()[1]) for text in selected["captions"])
         assert original == 0 and synthetic > 0
-        assert torch.equal(drawn["image_emb"].float(), torch.full((12,), 3 + augmentation / 64))
+        assert torch.equal(selected["image_emb"].float(), torch.full((12,), 3 + augmentation / 64))
         assert torch.equal(
-            drawn["text_emb"].float(), torch.tensor([[-3.0], [-3 - synthetic / 64]]).expand(2, 12)
+            selected["text_emb"].float(),
+            torch.tensor([[-3.0], [-3 - synthetic / 64]]).expand(2, 12),
         )
         assert (
-            drawn["image_emb"].dtype
-            == drawn["text_emb"].dtype
+            selected["image_emb"].dtype
+            == selected["text_emb"].dtype
             == (torch.bfloat16 if bf16 else torch.float32)
         )
-        assert drawn["jpg"] == sample["jpg"]
+        assert selected["jpg"] == sample["jpg"]
         seen.add((augmentation, synthetic))
     assert len(seen) == 4 * 3  # every combination comes up
 
@@ -61,11 +62,13 @@ def test_mixing_draws_one_caption_with_the_given_probability():
     sample = reinforced_sample(3)
     for ratio, low, high in ((0.0, 0, 0), (1.0, 400, 400), (0.25, 70, 130)):
         random.seed(0)
-        drawn = [draw(sample, COMPOSE, RandomChoice(), mix_ratio=ratio) for _ in range(400)]
-        for one in drawn:
+        selected = [select(sample, COMPOSE, RandomChoice(), mix_ratio=ratio) for _ in range(400)]
+        for one in selected:
             (text,) = one["captions"]
             assert torch.equal(one["text_emb"], torch.full((1, 12), -3 - int(text.split()[1]) / 64))
-        assert low <= sum(not one["captions"][0].startswith("caption 0") for one in drawn) <= high
+        assert (
+            low <= sum(not one["captions"][0].startswith("caption 0") for one in selected) <= high
+        )
 
 
 def broken(**members):
@@ -147,7 +150,7 @@ BROKEN = {
 @pytest.mark.parametrize(("sample", "message"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_sample_is_told_from_others_by_its_reason(sample, message):
     with pytest.raises(BadSample, match=message) as raised:
-        draw(sample, COMPOSE, RandomChoice(), width=12)
+        select(sample, COMPOSE, RandomChoice(), width=12)
     assert str(raised.value).startswith(raised.value.reason)
     assert not any(
         digit in raised.value.reason for digit in "0123456789"
@@ -187,18 +190,18 @@ def test_a_planted_pickle_is_not_run(where, tmp_path):
             )
         members = {"npz": None, "pth_gz": gzip.compress(stream.getvalue())}
     with pytest.raises(BadSample, match="unreadable"):
-        draw(broken(**members), COMPOSE, RandomChoice())
+        select(broken(**members), COMPOSE, RandomChoice())
     assert not path.exists()
 
 
 def test_a_stored_tensor_that_asks_for_gradients_gets_none():
     """Such a tensor can't leave a worker: the run would hang."""
-    drawn = draw(
+    selected = select(
         broken(npz=None, pth_gz=pth_gz(torch.zeros(4, 12, requires_grad=True))),
         COMPOSE,
         RandomChoice(),
     )
-    assert not drawn["image_emb"].requires_grad
+    assert not selected["image_emb"].requires_grad
 
 
 def test_images_of_every_kind_become_rgb():

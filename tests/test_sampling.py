@@ -9,7 +9,7 @@ import pytest
 from shards import AUGMENTATION, reinforced_sample
 
 from dr import sampling
-from dr.sample import draw
+from dr.sample import select
 from dr.sampling import (
     ScheduledChoice,
     ShardOrder,
@@ -127,12 +127,12 @@ def test_over_thirty_passes_each_augmentation_comes_once_and_over_five_each_capt
     compose = compose_from_config(AUGMENTATION)
     augmentations, captions = [], []
     for pass_ in range(60):
-        drawn = draw(sample, compose, ScheduledChoice(0, pass_))
+        selected = select(sample, compose, ScheduledChoice(0, pass_))
         assert (
-            draw(sample, compose, ScheduledChoice(0, pass_))["captions"] == drawn["captions"]
+            select(sample, compose, ScheduledChoice(0, pass_))["captions"] == selected["captions"]
         )  # nothing but seed, pass and key decide
-        augmentations.append(round((drawn["image_emb"][0].item() - 7) * 64))
-        captions.append(int(drawn["captions"][1].split()[1]))
+        augmentations.append(round((selected["image_emb"][0].item() - 7) * 64))
+        captions.append(int(selected["captions"][1].split()[1]))
     for first in (0, 30):
         assert sorted(augmentations[first : first + 30]) == list(range(30))
     for first in range(0, 60, 5):
@@ -141,7 +141,7 @@ def test_over_thirty_passes_each_augmentation_comes_once_and_over_five_each_capt
         augmentations[:30]
     )
     others = [
-        draw({**sample, "__key__": "other"}, compose, ScheduledChoice(0, pass_))["captions"]
+        select({**sample, "__key__": "other"}, compose, ScheduledChoice(0, pass_))["captions"]
         for pass_ in range(30)
     ]
     assert [int(texts[1].split()[1]) for texts in others] != captions[:30]
@@ -157,7 +157,7 @@ def test_mixing_takes_the_synthetic_caption_with_its_probability_in_each_pass():
     sample = {**reinforced_sample(7), "__key__": "key"}
     compose = compose_from_config(AUGMENTATION)
     for pass_ in range(20):
-        (text,) = draw(sample, compose, ScheduledChoice(0, pass_), mix_ratio=0.25)["captions"]
+        (text,) = select(sample, compose, ScheduledChoice(0, pass_), mix_ratio=0.25)["captions"]
         which = (
             1 + ScheduledChoice(0, pass_).choose("key", "caption", 3)
             if mix(pass_, "key") < 0.25

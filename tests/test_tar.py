@@ -206,7 +206,7 @@ def test_samples_are_those_that_webdataset_reads(tmp_path):
         for sample in wds.tarfile_to_samples()({"url": url} for url in shards)
     ]
     found = stream(({"url": url} for url in shards), USED_MEMBERS.__contains__)
-    assert [item.row for item in found] == expected and len(expected) > 8
+    assert [item.sample for item in found] == expected and len(expected) > 8
 
 
 def test_a_damaged_shard_gives_what_comes_before_and_the_next_one_goes_on(tmp_path):
@@ -218,7 +218,7 @@ def test_a_damaged_shard_gives_what_comes_before_and_the_next_one_goes_on(tmp_pa
     first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
     urls = [str(first), str(tmp_path / "missing.tar"), str(second)]
     items = list(stream(({"url": url} for url in urls), USED_MEMBERS.__contains__))
-    keys = [item.row["__key__"] for item in items if item.skipped is None]
+    keys = [item.sample["__key__"] for item in items if item.skipped is None]
     assert keys[-2:] == [uid(2), uid(3)] and uid(1) not in keys[:-2][:-1]
     assert [item.skipped.url for item in items if item.skipped] == urls[:2]
 

@@ -3,13 +3,14 @@
     python scripts/benchmarks/captions.py [--rows 12000000] [--samples 10000000] [--folder DIR]
                                           [--memory 1GB and other options of caption_shards.py]
 
-Makes metadata with the large columns of DataComp-1B's (uid, url, text of about 75 bytes, two sizes,
-a score, sha256), a million rows a file, and reinforcement shards of 20,000 samples whose uids are
-spread over it at random. To save space a sample there is one empty member instead of five, so
-reading real uids takes longer. Then it runs the script, which prints its table.
+The benchmark makes metadata with the large columns of DataComp-1B (uid, url, text of about 75
+bytes, two sizes, a score, sha256), a million rows a file, and reinforcement shards of 20,000
+samples whose uids are spread over the metadata at random. To save space a sample has one empty
+member instead of five, so reading real uids takes longer. Then it runs caption_shards.py, which
+prints its table.
 
-Needs 1.7 KB for each sample and 0.2 KB for each row (20 GB by default) in a temporary folder, which
-is removed.
+It needs 1.7 KB for each sample and 0.2 KB for each row (20 GB by default) in a temporary folder,
+which is removed.
 """
 
 import argparse
@@ -72,12 +73,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--rows", type=int, default=12_000_000, help="of the metadata; default %(default)s"
+        "--rows", type=int, default=12_000_000, help="rows of the metadata; default %(default)s"
     )
     parser.add_argument(
-        "--samples", type=int, default=10_000_000, help="in the shards; default %(default)s"
+        "--samples", type=int, default=10_000_000, help="samples in the shards; default %(default)s"
     )
-    parser.add_argument("--folder", type=Path, help="where to make the temporary folder")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="folder in which to make the temporary folder; default: the system's",
+    )
     args, further = parser.parse_known_args()
     if not 0 < args.samples <= args.rows:
         parser.error(f"--samples: found {args.samples}, expected 1 to --rows, {args.rows}")

@@ -2,9 +2,9 @@
 
     python scripts/benchmarks/join.py [--samples 5000] [--runs 3] [--folder DIR]
 
-Makes two shards of images with captions and two of reinforcements, of random bytes in realistic
-proportions: a sample has an image of 60 KB, an npz of 221 KB and five small members. Then it runs
-alternately, with one process for both shards and with two processes for one shard each:
+The script makes two shards of images with captions and two of reinforcements, of random bytes in
+realistic proportions: a sample has an image of 60 KB, an npz of 222 KB and five small members. Then
+it runs alternately, with one process for both shards and with two processes for one shard each:
 
     cat                 each pair of source shards into one file
     unpack and pack     each pair into a folder with tar, and the folder into a tar in which samples
@@ -16,8 +16,8 @@ of the runs; the largest process's peak memory (at least this one's, 20 MB); and
 sources are in the page cache, as far as they fit. At the end come the size and the rounding error
 of --embeddings bf16, for random embeddings of unit length.
 
-Needs about 5 times the size of the sources (14 GB for 5,000 samples) in a temporary folder, which
-is removed.
+It needs about 5 times the size of the sources (14 GB for 5,000 samples) in a temporary folder,
+which is removed.
 """
 
 import argparse
@@ -162,13 +162,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--samples", type=int, default=5000, help="in each shard; default %(default)s"
+        "--samples", type=int, default=5000, help="samples in each shard; default %(default)s"
     )
-    parser.add_argument("--runs", type=int, default=3, help="default %(default)s")
     parser.add_argument(
-        "--folder", default=tempfile.gettempdir(), help="for temporary files; default %(default)s"
+        "--runs", type=int, default=3, help="runs of each command; default %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument(
+        "--folder",
+        default=tempfile.gettempdir(),
+        help="folder for temporary files; default %(default)s",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default %(default)s")
     args = parser.parse_args()
 
     needed = 5 * len(SHARDS) * args.samples * (IMAGE + EMBEDDINGS + sum(SMALL.values()) + 8 * 1024)

@@ -1,20 +1,24 @@
-"""Measure the loader: samples a second and core, memory of the shuffle buffer, bytes handed over.
+"""Measure the loader: CPU time, memory of the shuffle buffer, bytes handed over to the trainer.
 
     python scripts/benchmarks/loader.py [--data PATTERN] [--profile]
 
-Prints the CPU time of one worker of a DataLoader with a full shuffle buffer, for variants that run
-alternately:
+The script measures the CPU time of one worker of a DataLoader with a full shuffle buffer, for
+variants that run alternately, and prints a table:
 
-    plain            reads tars with WebDataset, shuffles raw samples, decodes every member, chooses
-                     afterwards, converts the image through RGBA and normalises it to float32
-    recipe           the loader of dr/, with replacement
-    recipe, passes   the loader of dr/, without replacement: random access in place of the buffer
-    floor            only decodes the JPEG, crops, resizes, and applies the two stored operations
+    plain                 reads tars with WebDataset, shuffles raw samples, decodes every member,
+                          selects afterwards, converts the image through RGBA and normalises it to
+                          float32
+    this loader           the loader of dr/, with replacement: it selects first, and decodes only
+                          the selected parts
+    this loader, passes   the loader of dr/, without replacement: random access in place of the
+                          shuffle buffer
+    floor                 only decodes the JPEG, crops, resizes, and applies the two stored
+                          operations of RandAugment
 
-Ratios are to `plain`. Without --data the shards are made here: photographs of 512 pixels with 30
-augmentations (pip install scikit-image), in both formats of embeddings.
+Ratios are to `plain`. Without --data the script makes shards of photographs of 512 pixels with 30
+augmentations, in both formats of embeddings; this needs scikit-image (pip install scikit-image).
 
-Does not cover reading from a disk: the shards are in the page cache.
+Reading from a disk is not measured: the shards are in the page cache.
 """
 
 import argparse
@@ -48,8 +52,8 @@ from torchvision import transforms as T
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for dr
 from dr.batch import Batch
 from dr.chain import SkipLimit, Tally, batches, shuffled
-from dr.pipeline import make_recipe
-from dr.sample import USED_MEMBERS, ReinforcedRecipe, caption, decode_image, synthetic_captions
+from dr.pipeline import make_processor
+from dr.sample import USED_MEMBERS, ReinforcedProcessor, caption, decode_image, synthetic_captions
 from dr.sources import Item, ShardReader, StreamState, count_samples, passes, stream
 from dr.transforms import Compose, compose_from_config
 
@@ -60,9 +64,9 @@ AUGMENTATIONS, CAPTIONS = 30, 6  # of a sample, the original caption included
 BATCH = 64
 
 
-# --- the recipe's loader --------------------------------------------------------------------------
+# --- this loader ----------------------------------------------------------------------------------
 # The only part that knows how dr/ builds its loaders: adapt it together with dr/.
-def make_reinforced_recipe(batch: int) -> ReinforcedRecipe:
+def make_reinforced_processor(batch: int) -> ReinforcedProcessor:
     preprocess = T.Compose(
         [
             T.RandomResizedCrop(224, interpolation=T.InterpolationMode.BICUBIC),
@@ -75,11 +79,13 @@ def make_reinforced_recipe(batch: int) -> ReinforcedRecipe:
         dataset_reinforcement_config=str(CONFIG),
         dataset_reinforcement_mix_synthetic=False,
         dataset_reinforcement_mix_synthetic_ratio=0.0,
+        dataset_reinforcement_syn_text_key_regex="^syn_text.*$",
+        dataset_reinforcement_filter_image_size=0,
         distill_teacher_dimension=[-1],
         image_interpolation=None,
         batch_size=batch,
     )
-    return make_recipe(options, preprocess)
+    return make_processor(options, preprocess)
 
 
 def stream_samples(shards: list[str]) -> Iterator[Item]:
@@ -94,34 +100,34 @@ def pass_samples(shards: list[str]) -> Iterator[Item]:
     return passes(ShardReader(shards, USED_MEMBERS.__contains__), state)
 
 
-def recipe_batches(
-    samples: Iterator[Item], shuffle: int | None, batch: int, recipe: Any = None
+def make_batches(
+    samples: Iterator[Item], shuffle: int | None, batch: int, processor: Any = None
 ) -> Iterator[Batch]:
-    """The recipe's batches; ``shuffle`` is the size of the buffer, None: without one."""
-    recipe = recipe or make_reinforced_recipe(batch)
+    """The batches of dr/; ``shuffle`` is the size of the buffer, None: without one."""
+    processor = processor or make_reinforced_processor(batch)
     stage = None
     if shuffle is not None:
         stage = partial(shuffled, size=shuffle, initial=shuffle, rng=random.Random(0))
-    tally = Tally(recipe.members, SkipLimit(10**12, 1.0))
-    for made, _ in batches(samples, recipe, tokenizer(), batch, tally, stage):
+    tally = Tally(processor.members, SkipLimit(10**12, 1.0))
+    for made, _ in batches(samples, processor, tokenizer(), batch, tally, stage):
         yield made
 
 
-def recipe_with_replacement(shards: list[str], shuffle: int, batch: int) -> Iterator[Batch]:
-    return recipe_batches(stream_samples(shards), shuffle, batch)
+def with_replacement(shards: list[str], shuffle: int, batch: int) -> Iterator[Batch]:
+    return make_batches(stream_samples(shards), shuffle, batch)
 
 
-def recipe_without_replacement(shards: list[str], shuffle: int, batch: int) -> Iterator[Batch]:
-    return recipe_batches(pass_samples(shards), None, batch)
+def without_replacement(shards: list[str], shuffle: int, batch: int) -> Iterator[Batch]:
+    return make_batches(pass_samples(shards), None, batch)
 
 
-class TimedRecipe:
-    """A recipe that adds the CPU time of its two steps to ``spent``."""
+class TimedProcessor:
+    """A processor that adds the CPU time of its two steps to ``spent``."""
 
-    def __init__(self, recipe: ReinforcedRecipe, spent: dict[str, float]):
-        self.members, self.statistics = recipe.members, recipe.statistics
-        self.draw = timed(recipe.draw, spent, "draw rows")
-        self.augment = timed(recipe.augment, spent, "decode and augment")
+    def __init__(self, processor: ReinforcedProcessor, spent: dict[str, float]):
+        self.members, self.statistics = processor.members, processor.statistics
+        self.select = timed(processor.select, spent, "select")
+        self.augment = timed(processor.augment, spent, "decode and augment")
 
 
 # --- the other variants ---------------------------------------------------------------------------
@@ -170,7 +176,7 @@ def plain_pipeline(shards: list[str], shuffle: int, batch: int) -> wds.DataPipel
 
 
 def floor_pipeline(shards: list[str], shuffle: int, batch: int) -> Iterator[tuple[torch.Tensor]]:
-    """Decode, crop, resize and apply the two operations; instead of a batch it yields a number."""
+    """Decode, crop, resize and apply the two stored operations; yields a number for each batch."""
     compose = stored_augmentation()
     crop, augment = compose.transforms["random_resized_crop"], compose.transforms["rand_augment"]
     samples = []
@@ -188,8 +194,8 @@ def floor_pipeline(shards: list[str], shuffle: int, batch: int) -> Iterator[tupl
 
 VARIANTS = {
     "plain": plain_pipeline,
-    "recipe": recipe_with_replacement,
-    "recipe, passes": recipe_without_replacement,
+    "this loader": with_replacement,
+    "this loader, passes": without_replacement,
     "floor": floor_pipeline,
 }
 LOADERS = [name for name in VARIANTS if name != "floor"]  # the variants that give batches
@@ -342,7 +348,7 @@ def timed(function: Callable, spent: dict[str, float], name: str) -> Callable:
 
 
 def profile(shards: list[str], args: Namespace, seconds: dict[str, float]) -> None:
-    """Print the CPU time of each stage of the recipe, with replacement.
+    """Print the CPU time of each stage of this loader, with replacement.
 
     Args:
         shards: tars.
@@ -351,10 +357,10 @@ def profile(shards: list[str], args: Namespace, seconds: dict[str, float]) -> No
     """
     torch.set_num_threads(1)  # as in a worker
     rest = "shuffle, tokenise and batch"
-    spent = dict.fromkeys(("read tars", "draw rows", "decode and augment", rest), 0.0)
+    spent = dict.fromkeys(("read tars", "select", "decode and augment", rest), 0.0)
     read = timed(stream_samples(shards).__next__, spent, "read tars")
-    recipe = TimedRecipe(make_reinforced_recipe(BATCH), spent)
-    made = recipe_batches(iter(read, None), args.shuffle, BATCH, recipe)
+    processor = TimedProcessor(make_reinforced_processor(BATCH), spent)
+    made = make_batches(iter(read, None), args.shuffle, BATCH, processor)
     next(made)
     spent.update(dict.fromkeys(spent, 0.0))
     count, start = args.batches * args.runs, time.process_time()
@@ -362,9 +368,9 @@ def profile(shards: list[str], args: Namespace, seconds: dict[str, float]) -> No
         next(made)
     spent[rest] = time.process_time() - start - sum(spent.values())
     stages = {name: value / count / BATCH for name, value in spent.items()}
-    stages["hand over to the trainer"] = seconds["recipe"] - sum(stages.values())
+    stages["hand over to the trainer"] = seconds["this loader"] - sum(stages.values())
 
-    samples = [item.row for item in islice(stream_samples(shards), 256)]
+    samples = [item.sample for item in islice(stream_samples(shards), 256)]
     texts = [text for s in samples for text in (caption(s), synthetic_captions(s)[0])]
     tokenize = tokenizer()
     parts = {"tokenising": lambda: tokenize(texts)}
@@ -375,7 +381,7 @@ def profile(shards: list[str], args: Namespace, seconds: dict[str, float]) -> No
         for name, value in median_seconds(parts, 5, time.process_time).items()
     }
     alone["floor"] = seconds["floor"]
-    stage_of = {"inflating": "draw rows", "floor": "decode and augment", "tokenising": rest}
+    stage_of = {"inflating": "select", "floor": "decode and augment", "tokenising": rest}
     print("\n| stage | ms a sample | of which, alone |\n|---|---|---|")
     for name, value in stages.items():
         found = [part for part in alone if stage_of[part] == name]
@@ -388,15 +394,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", metavar="PATTERN", help="joined shards, braces as in WebDataset")
+    parser.add_argument(
+        "--data",
+        metavar="PATTERN",
+        help="joined shards, with braces as in WebDataset; default: made",
+    )
     parser.add_argument(
         "--samples",
         type=int,
         default=1000,
-        help="in each of the shards made without --data; default %(default)s",
+        help="samples in each shard that is made; default %(default)s",
     )
     parser.add_argument(
-        "--batches", type=int, default=8, help="of 64 samples, in a run; default %(default)s"
+        "--batches", type=int, default=8, help="batches of 64 samples in a run; default %(default)s"
     )
     parser.add_argument(
         "--shuffle",
@@ -405,15 +415,19 @@ def main(arguments: list[str] | None = None) -> None:
         help="samples in the shuffle buffer; default %(default)s, as OpenCLIP's",
     )
     parser.add_argument(
-        "--profile", action="store_true", help="also print what each stage of the recipe costs"
+        "--profile",
+        action="store_true",
+        help="also print the CPU time of each stage of this loader",
     )
-    parser.add_argument("--runs", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="runs of each variant; default %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default %(default)s")
     args = parser.parse_args(arguments)
 
     print_header(args, torch, np, wds)
     print(
-        "| embeddings | variant | samples/s and core | ratio | ms a sample "
+        "| embeddings | variant | samples/s of CPU time | ratio | ms a sample "
         "| MB of a shuffle buffer | ratio | KB to the trainer | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|")

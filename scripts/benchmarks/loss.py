@@ -9,7 +9,7 @@ alternately in one process, and prints medians. Rows are the local batch, column
 process, gradients included, features not. Time is the process's CPU time with one thread, and wall
 time with several threads or on a GPU.
 
-The second command prints the loss's share of a training step's FLOPs, for both recipes.
+The second command prints the loss's share of a training step's FLOPs, for both published recipes.
 It loads no weights.
 
 The gathering of features over processes is not measured.
@@ -226,9 +226,11 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="LOCALxGLOBAL",
         help="local and global batch size; can be repeated; default 256x8192 and 512x16384",
     )
-    parser.add_argument("--runs", type=int, default=5, help="default %(default)s")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="runs of each variant; default %(default)s"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default %(default)s")
     parser.add_argument("--chunk-rows", type=int, help="rows of a chunk; default: dr/loss.py's")
     parser.add_argument("--flops", action="store_true", help="print the share of a step's FLOPs")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/step.py [--model ViT-B-16 --batch 256]
 
-Both steps run forward, backward and the optimiser on one device, a GPU if there is one. Batches are
+Both steps run forward, backward and the optimizer on one device, a GPU if there is one. Batches are
 in memory: the loader is not measured, and neither are several GPUs.
 """
 
@@ -95,19 +95,28 @@ def main(arguments: list[str] | None = None) -> None:
         default="ViT-B-16",
         help="OpenCLIP model name or model config file; default %(default)s",
     )
-    parser.add_argument("--batch", type=int, default=256, help="default %(default)s")
-    parser.add_argument("--precision", choices=["amp_bf16", "amp", "fp32"], default="amp_bf16")
+    parser.add_argument("--batch", type=int, default=256, help="batch size; default %(default)s")
+    parser.add_argument(
+        "--precision",
+        choices=["amp_bf16", "amp", "fp32"],
+        default="amp_bf16",
+        help="precision; default %(default)s",
+    )
     parser.add_argument(
         "--weights",
         type=float,
         nargs=2,
         metavar=("W0", "W1"),
         default=[0.25, 0.75],
-        help="of the contrastive and the distillation loss; default 0.25 0.75",
+        help="weights of the contrastive and the distillation loss; default 0.25 0.75",
     )
-    parser.add_argument("--grad-checkpointing", action="store_true")
-    parser.add_argument("--runs", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument(
+        "--grad-checkpointing", action="store_true", help="use gradient checkpointing"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5, help="runs of each step; default %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default %(default)s")
     args = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,6 +1,6 @@
 """Read a reinforcement config: how a data set was augmented, and which teachers embedded it.
 
-Does not cover whether the teachers exist: see ``lib.teachers``.
+``lib.teachers`` checks whether the teachers exist.
 """
 
 import json

@@ -1,8 +1,9 @@
 """Find samples in shards that are not aligned with the others: which shard holds a uid, and where.
 
-One SQLite file for a folder of shards. To build it, several processes read every header and every
-``<key>.json``. A sample takes 30 bytes on disk (measured: 380 MB for the 12.8 M samples of
-DataComp-12M, so 38 GB for DataComp-1B), and up to three times as much while the index is built.
+The index is one SQLite file for a folder of shards. To build it, several processes read every
+header and every ``<key>.json``. A sample takes 30 bytes on disk (measured: 380 MB for the 12.8 M
+samples of DataComp-12M, so 38 GB for DataComp-1B), and up to three times as much while the index is
+built.
 Memory does not grow with it. It is built again when a shard was added, removed or changed in size
 or time. Several runs may share the file: each writes its own, and the last complete one remains.
 """
@@ -89,7 +90,7 @@ def _build(path: Path, shards: list[Listed], scanned: Iterable[Scanned]) -> None
 
 @dataclass(frozen=True)
 class UnalignedSource:
-    """Shards of any names and boundaries, in which the uids of another shard are looked up.
+    """Shards with other names or other samples in each, in which the uids of a shard are looked up.
 
     Attributes:
         folder: of the shards.

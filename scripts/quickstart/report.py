@@ -2,7 +2,7 @@
 
     python scripts/quickstart/report.py quickstart --config quickstart/reinforce.json
 
-Reads from the given folder
+The script reads from the given folder
 
     logs/<run>/checkpoints/results.jsonl     OpenCLIP's evaluations on the held-out images
     logs/<run>/params.txt, out.log           the run's settings, and the samples in an epoch
@@ -13,7 +13,7 @@ Reads from the given folder
 and writes results.json, learning_curves.png and augmentations.png there. Missing parts are reported
 and skipped; any further run under logs/ gets a row too.
 
-Does not evaluate anything itself. It compares one seed with one seed: a standard error is that of
+It does not evaluate models itself. It compares one seed with one seed: a standard error is that of
 two proportions of the held-out images, and a difference of up to two is within the noise.
 """
 
