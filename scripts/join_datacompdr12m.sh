@@ -21,7 +21,7 @@
 #     SHARDS                     names of the shards to join, such as '{00000000..00000007}.tar';
 #                                default: all
 #     WORKERS                    number of processes; default: one for each core, up to 8
-#     PYTHON                     Python interpreter; default: that of the active environment or .venv
+#     PYTHON                     Python to use; default: that of the active environment or of .venv
 # The default folders are at the repository's root. Relative paths that you set are relative to the
 # current folder.
 set -euo pipefail
