@@ -19,7 +19,7 @@ and around it:
 ``run``          checkpoints within epochs, pre-emption, skipped samples, losses that are not finite
 ``checkpoint``   checkpoint files
 ``towers``       locked towers, and gradient checkpointing that works with them
-``weights``      model configs of the installed OpenCLIP, released weights and their image statistics
+``weights``      model configs of newer OpenCLIP releases, released weights and their statistics
 
 Here the package is ``dr``; in the patched OpenCLIP tree it is ``training.dr``. It does not cover
 downloading, joining and making reinforcements: see ``scripts/``.
