@@ -138,7 +138,7 @@ def follow_weights(args: Namespace) -> str | None:
             wrong.append(f"--image-{option} {value}")
     if wrong:
         return (
-            f"--pretrained {args.pretrained} was trained with {statistics}, but {', '.join(wrong)} "
+            f"--pretrained {args.pretrained} needs {statistics}, but {', '.join(wrong)} "
             "was given: remove it, or add --ignore-pretrained-statistics"
         )
     logging.info(f"Image statistics of {args.pretrained}: {statistics}")
