@@ -385,7 +385,7 @@ def read_augmentation(path: str) -> Compose:
         ValueError: the file cannot be read, or holds something else.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             augmentation = json.load(file)["reinforce"]["image_augmentation"]
         return compose_from_config(augmentation)
     except OSError as error:

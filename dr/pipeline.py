@@ -234,7 +234,7 @@ def make_recipe(args: Any, preprocess: Callable) -> Recipe:
     """The recipe that the trainer's options ask for."""
     if not args.dataset_reinforcement:
         return BaselineRecipe(preprocess)
-    with open(args.dataset_reinforcement_config, encoding="utf-8") as file:
+    with open(args.dataset_reinforcement_config, encoding="utf-8-sig") as file:
         config = json.load(file)["reinforce"]["image_augmentation"]
     config = adapt_augmentation(config, preprocess, args.image_interpolation)
     compose, statistics = split_for_device(compose_from_config(config))

@@ -177,7 +177,12 @@ def parse_uid(uid: object) -> str:
     if not isinstance(uid, str):
         raise ValueError(f"a uid that is {describe_type(uid)}")
     if not _UID(uid):
-        raise ValueError("a uid that can't be a file name")
+        dotted = _UID(uid.replace(".", "_")) is not None
+        raise ValueError(
+            "a uid with a dot, where its key would end"
+            if dotted
+            else "a uid that can't be a file name"
+        )
     return uid
 
 
