@@ -168,7 +168,10 @@ def embeddings(sample: dict) -> dict[str, Tensor]:
     stored = _stored_embeddings(sample)
     text_emb = _rows(stored["text_emb"], slice(None))
     if "syn.json" in sample:
-        lists, originals = read_caption_lists(sample), len(original_captions(sample))
+        # A reinforcement shard of the Hub has no caption; its teachers embedded one.
+        has_captions = "txt" in sample or b'"texts"' in sample.get("json", b"")
+        originals = len(original_captions(sample)) if has_captions else 1
+        lists = read_caption_lists(sample)
         places = locate_synthetic_rows(originals, lists, stored)
         parts = [text_emb[:originals]]
         for key, captions in lists.items():
