@@ -18,7 +18,7 @@ and these are used around it:
 ``params``       command-line options and their rules
 ``run``          checkpoints within epochs, pre-emption, skipped samples, losses that are not finite
 ``checkpoint``   checkpoint files
-``towers``       locked towers, and gradient checkpointing that works with them
+``towers``       locked towers, gradient checkpointing that works with them, BatchNorm statistics
 ``weights``      model configs of the installed OpenCLIP; preprocessing of released weights
 
 Here the package is ``dr``; in the patched OpenCLIP tree it is ``training.dr``. Downloading, joining

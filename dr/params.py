@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
 import open_clip
+import torch
 
 from .transforms import Compose, compose_from_config
 from .weights import follow_weights, register_model
@@ -268,6 +269,10 @@ def _copy_rules(args: Namespace) -> Iterator[Rule]:
 
 
 def _value_rules(args: Namespace) -> Iterator[Rule]:
+    yield (
+        args.use_bn_sync and not torch.cuda.is_available(),
+        "--use-bn-sync works on GPUs only, and this machine has none: remove it",
+    )
     steps, kept, fraction = args.save_every_n_steps, args.keep_last_k, args.max_skipped_fraction
     total = args.total_steps
     yield total is not None and total < 1, f"--total-steps {total}: expected 1 or more"
@@ -383,7 +388,7 @@ def read_augmentation(path: str) -> Compose:
         ValueError: the file cannot be read, or holds something else.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             augmentation = json.load(file)["reinforce"]["image_augmentation"]
         return compose_from_config(augmentation)
     except OSError as error:

@@ -237,7 +237,7 @@ def make_processor(args: Any, preprocess: Callable) -> Processor:
     """Make the processor that the trainer's options ask for."""
     if not args.dataset_reinforcement:
         return BaselineProcessor(preprocess)
-    with open(args.dataset_reinforcement_config, encoding="utf-8") as file:
+    with open(args.dataset_reinforcement_config, encoding="utf-8-sig") as file:
         config = json.load(file)["reinforce"]["image_augmentation"]
     config = adapt_augmentation(config, preprocess, args.image_interpolation)
     compose, statistics = split_for_device(compose_from_config(config))

@@ -24,7 +24,7 @@ from torch import Tensor
 from .chain import list_counts
 from .checkpoint import save, step_checkpoints
 from .loader import Loader, gather_objects
-from .towers import parameters_without_gradient
+from .towers import parameters_without_gradient, update_statistics_once
 
 TERMINATED = 128 + signal.SIGTERM  # exit status
 STEPS_KEPT = 3  # whose losses and uids are kept: a loss is examined up to two steps later
@@ -70,6 +70,8 @@ class Run:
         self.group: Any = None
         self.exchange: tuple[Any, Tensor] | None = None  # in progress
         self.terminated = self.has_stepped = False
+        if (args.accum_freq > 1 or args.grad_checkpointing) and not args.torchcompile:
+            update_statistics_once(model)
         if self.loader is not None and dist.is_initialized():
             self.group = dist.new_group(backend="gloo")  # agrees while the GPUs work
         if self.resumes_within_epochs:

@@ -167,16 +167,19 @@ def embeddings(sample: dict) -> dict[str, Tensor]:
         synthetic captions in the order of :func:`synthetic_captions`, however they are stored.
     """
     stored = _stored_embeddings(sample)
-    parts = [_rows(stored["text_emb"], slice(None))]
+    text_emb = _rows(stored["text_emb"], slice(None))
     if "syn.json" in sample:
         # A reinforcement shard of the Hub has no caption; its teachers embedded one.
         has_captions = "txt" in sample or b'"texts"' in sample.get("json", b"")
         originals = len(original_captions(sample)) if has_captions else 1
-        places = locate_synthetic_rows(originals, read_caption_lists(sample), stored)
-        for name, _ in places.values():
-            if name != "text_emb":
-                parts.append(_rows(stored[name], slice(None)))
-    return {"image_emb": _rows(stored["image_emb"], slice(None)), "text_emb": torch.cat(parts)}
+        lists = read_caption_lists(sample)
+        places = locate_synthetic_rows(originals, lists, stored)
+        parts = [text_emb[:originals]]
+        for key, captions in lists.items():
+            name, first = places[key]
+            parts.append(_rows(stored[name], slice(first, first + len(captions))))
+        text_emb = torch.cat(parts)
+    return {"image_emb": _rows(stored["image_emb"], slice(None)), "text_emb": text_emb}
 
 
 def locate_synthetic_rows(
@@ -184,8 +187,8 @@ def locate_synthetic_rows(
 ) -> dict[str, tuple[str, int]]:
     """Find the embeddings of each list of synthetic captions.
 
-    Either ``text_emb`` holds those of the only list after the original captions (DataCompDR), or
-    each list has an array of its own, ``<key>_emb`` (DFNDR).
+    Each list has an array of its own, ``<key>_emb`` (DFNDR), except that the embeddings of one list
+    may follow those of the original captions in ``text_emb`` (DataCompDR).
 
     Args:
         originals: number of original captions.
@@ -199,22 +202,21 @@ def locate_synthetic_rows(
         BadSample: an array is missing, or the numbers of rows disagree.
     """
     rows = len(stored["text_emb"])
+    places = {key: (f"{key}_emb", 0) for key in lists if f"{key}_emb" in stored}
+    others = [key for key in lists if key not in places]
     counts = ", ".join(f"{len(captions)} under {key}" for key, captions in lists.items())
-    if rows != originals:
-        (key, captions), *others = lists.items()
-        if others or rows != originals + len(captions):
-            detail = f"text_emb has {rows} rows for {originals} original captions and {counts}"
+    if others and rows == originals:
+        detail = f"no {others[0]}_emb for {counts}; found {', '.join(stored)}"
+        raise BadSample("lacks embeddings of synthetic captions", detail)
+    also = others or list(lists)  # text_emb may repeat the embeddings of the only list
+    if rows != originals and (len(also) > 1 or rows != originals + len(lists[also[0]])):
+        detail = f"text_emb has {rows} rows for {originals} original captions and {counts}"
+        raise BadSample("row counts disagree", detail)
+    for key, (name, _) in places.items():
+        if len(stored[name]) != len(lists[key]):
+            detail = f"{name} has {len(stored[name])} rows for {len(lists[key])} captions"
             raise BadSample("row counts disagree", detail)
-        return {key: ("text_emb", originals)}
-    for key, captions in lists.items():
-        name = f"{key}_emb"
-        if name not in stored:
-            detail = f"no {name} for {counts}; found {', '.join(stored)}"
-            raise BadSample("lacks embeddings of synthetic captions", detail)
-        if len(stored[name]) != len(captions):
-            detail = f"{name} has {len(stored[name])} rows for {len(captions)} captions"
-            raise BadSample("row counts disagree", detail)
-    return {key: (f"{key}_emb", 0) for key in lists}
+    return places | {key: ("text_emb", originals) for key in others}
 
 
 def _rows(stored: np.ndarray | Tensor, rows: slice | list[int]) -> Tensor:

@@ -176,12 +176,16 @@ class RandomChoice:
 
 
 class EpochChoice(NamedTuple):
-    """Chooses the number of the epoch, modulo the count (``…-sample-sequential``)."""
+    """Chooses the number of the epoch, modulo the count (``…-sample-sequential``).
+
+    The list that a synthetic caption comes from is chosen at random: chosen by the epoch as well,
+    of two lists one would be used in even epochs only, with the even captions only.
+    """
 
     epoch: int
 
     def choose(self, key: str, what: str, count: int) -> int:
-        return self.epoch % count
+        return random.randrange(count) if what == "captioner" else self.epoch % count
 
     def generator(self, key: str, what: str) -> random.Random:
         return random.Random(random.getrandbits(64))

@@ -1,4 +1,4 @@
-"""Locking towers, and gradient checkpointing that works with it."""
+"""Locking towers, gradient checkpointing that works with it, and BatchNorm statistics."""
 
 import logging
 import re
@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 import timm
 import torch.utils.checkpoint
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import PREFIX
 
@@ -62,6 +63,35 @@ def set_grad_checkpointing(args: Any, model: Any) -> None:
             setattr(module, "checkpoint", checkpoint)  # noqa: B010
         logging.info("A tower is locked, so gradient checkpointing is not reentrant")
     model.set_grad_checkpointing()
+
+
+def update_statistics_once(model: Any) -> None:
+    """Let the running statistics of BatchNorm layers move once for each micro-batch.
+
+    Gradient checkpointing computes a layer's outputs a second time in the backward pass, and
+    OpenCLIP's ``--accum-freq`` computes them once without and once with gradients. Each time, a
+    layer in training mode moves its statistics. Here only the pass with gradients moves them: when
+    checkpointing computes again, the tower as a whole is not called. In the other passes the
+    momentum is 0, which leaves the statistics where they are and the graph as it is.
+
+    Args:
+        model: OpenCLIP's model, whose direct children are the towers; or DDP around it.
+    """
+    for tower in getattr(model, "module", model).children():
+        layers = [part for part in tower.modules() if isinstance(part, _BatchNorm)]
+        momenta = [(layer, layer.momentum) for layer in layers if layer.momentum]
+        if not momenta:
+            continue
+        _set_momenta(momenta, False)
+        tower.register_forward_pre_hook(
+            lambda *_, momenta=momenta: _set_momenta(momenta, torch.is_grad_enabled())
+        )
+        tower.register_forward_hook(lambda *_, momenta=momenta: _set_momenta(momenta, False))
+
+
+def _set_momenta(momenta: list[tuple[_BatchNorm, float]], enable: bool) -> None:
+    for layer, momentum in momenta:
+        layer.momentum = momentum if enable else 0.0
 
 
 def parameters_without_gradient(model: torch.nn.Module) -> list[str]:

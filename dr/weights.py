@@ -140,8 +140,8 @@ def follow_weights(args: Namespace) -> str | None:
             wrong.append(f"--image-{option} {value}")
     if wrong:
         return (
-            f"--pretrained {args.pretrained} was trained with {preprocessing}, but "
-            f"{', '.join(wrong)} was given: remove it, or add --ignore-pretrained-statistics"
+            f"--pretrained {args.pretrained} needs {preprocessing}, but {', '.join(wrong)} "
+            "was given: remove it, or add --ignore-pretrained-statistics"
         )
     logging.info(f"Image preprocessing of {args.pretrained}: {preprocessing}")
     return None

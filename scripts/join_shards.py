@@ -82,6 +82,7 @@ from lib.shards import (
     open_files,
     read_contents,
     read_json_object,
+    strip_name,
 )
 from lib.tar_writer import write_tar
 from tqdm import tqdm
@@ -566,7 +567,7 @@ def check_parts(names: Sequence[str], sources: Sequence[AnySource], require: Seq
             try:
                 with open(source.path(name), "rb", buffering=HEADER_BUFFER) as file:
                     for member in read_headers(file):
-                        if found := split_name(member.name.removeprefix("./")):
+                        if found := split_name(strip_name(member.name)):
                             extensions.add(found[1])
                             if found[1] not in KNOWN_MEMBERS:
                                 unknown = merge_unknown(unknown, Unknown(1, member.name))
@@ -574,6 +575,8 @@ def check_parts(names: Sequence[str], sources: Sequence[AnySource], require: Seq
                             return
             except (OSError, ShardError, tarfile.TarError):
                 return  # joining reports what is wrong with the shard
+    if not extensions:
+        return  # joining reports that the shards are empty
     missing = [part for part in require if part not in find_parts(extensions)]
     lines = [f"no source holds a sample's {part}: {HOW_TO_GET[part]}" for part in missing]
     if missing and unknown:

@@ -106,7 +106,7 @@ steps=$((6 + ${#TEACHERS[@]} + ${#STUDENTS[@]}))
 # next_label NAME: count a step, and set the label of its progress line.
 next_label() {
     number=$((number + 1))
-    label=$(printf '[%*d/%d] %-25s' ${#steps} "$number" "$steps" "$1")
+    label=$(printf '[%*d/%d] %-20s' ${#steps} "$number" "$steps" "$1")
 }
 
 # step NAME COMMAND …: run a step, its output in $WORK/NAME.log, and record how long it took.
@@ -143,11 +143,12 @@ step "data" "$PYTHON" scripts/quickstart/data.py --output "$data" --shards "$DAT
     ${TRAINING_IMAGES:+--limit "$TRAINING_IMAGES"}
 pattern="{00000000..$(printf %08d $((DATA_SHARDS - 1)))}.tar"
 # Images with clean captions for the teachers, and with the captions that are to be reinforced.
-for captions in DataComp-12M-clean DataComp-12M; do
-    step "join $captions" "$PYTHON" scripts/join_shards.py \
-        --source "$data/$captions/$pattern" --source "$data/DataComp-12M-images" \
-        --require image,caption --output "$data/$captions/shards"
-done
+join_captions() {
+    step "$1" "$PYTHON" scripts/join_shards.py --require image,caption \
+        --source "$2/$pattern" --source "$data/DataComp-12M-images" --output "$2/shards"
+}
+join_captions "join clean captions" "$data/DataComp-12M-clean"
+join_captions "join captions" "$data/DataComp-12M"
 
 # train NAME SCRIPT SHARDS: run a recipe to its end, from its latest checkpoint on.
 train() {
@@ -203,7 +204,7 @@ step "reinforcements" env PYTHONPATH="$OPEN_CLIP/src" "$PYTHON" -m torch.distrib
 export DATACOMP12M_PATH=$data/DataComp-12M DATACOMP12M_IMAGES_PATH=$data/DataComp-12M-images
 export DATACOMPDR12M_NOIMG_PATH=$data/DataCompDR-12M-noimage
 export DATACOMPDR12M_PATH=$data/DataCompDR-12M/shards
-step "join with reinforcements" bash scripts/join_datacompdr12m.sh --verify-hash
+step "join reinforcements" bash scripts/join_datacompdr12m.sh --verify-hash
 
 # --- 6. students ----------------------------------------------------------------------------------
 export ITERATIONS=$STUDENT_ITERATIONS CHECKPOINTS=$STUDENT_CHECKPOINTS SEED=$STUDENT_SEED

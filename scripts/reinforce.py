@@ -46,7 +46,16 @@ from lib.captions import read_synthetic_captions
 from lib.config import ReinforcementConfig, read_config
 from lib.publish import publish, publish_json, remove_leftovers
 from lib.report import printable, run_command
-from lib.shards import MAX_NAME, ShardError, expand_braces, parse_json_object, parse_uid
+from lib.shards import (
+    FORBIDDEN_NAME,
+    MAX_NAME,
+    ShardError,
+    expand_braces,
+    is_forbidden,
+    parse_json_object,
+    parse_uid,
+    strip_name,
+)
 from lib.tar_writer import write_tar
 from lib.teachers import Teacher
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -122,7 +131,9 @@ class AugmentedShard(IterableDataset):
         except (ValueError, RecursionError) as error:
             raise BadSample("unreadable json", error) from error
         try:
-            uid = parse_uid(about.get("uid", key.removeprefix("./")))
+            if is_forbidden(strip_name(key)):
+                raise ValueError(FORBIDDEN_NAME)
+            uid = parse_uid(about.get("uid", strip_name(key)))
         except ValueError as error:
             raise BadSample(str(error)) from error
         if len(os.fsencode(f"{uid}.paug.json")) > MAX_NAME:

@@ -3,26 +3,31 @@
     python scripts/verify_shards.py datasets/DataCompDR-12M/shards --workers 8
     python scripts/verify_shards.py 'DIR/{00000000..00001023}.tar' --part 0.01 --teachers
 
-Checks each sample with training's own code: required members, captions, augmentation parameters,
-row counts and widths of embeddings. Then it checks what training would only see when it samples
-just that: the image decodes, all crop boxes lie inside it, all embeddings are finite, and each
-teacher's block has unit length (to 1e-3; bfloat16: 1e-2). A bad sample counts once, under the first
-problem found. Each shard must be a whole tar, and hold as many samples as the sizes.json in its
-folder says. With --part or --samples, all headers are read, but only the chosen samples' contents.
-The choice depends on --seed and the uid alone.
+The script checks each sample with training's own code: required members, captions, augmentation
+parameters, row counts and widths of embeddings. It also checks what one visit of training may not
+touch: that the image can be decoded, that all crop boxes are inside it, that all embeddings are
+finite, and that each teacher's block has unit length (to 1e-3; bfloat16: 1e-2). Synthetic captions
+of single letters are bad, too. A bad sample counts once, under the first problem found. Each shard
+must be a whole tar, and contain as many samples as the sizes.json in its folder says. With --part
+or --samples, all headers are read, but only the contents of the chosen samples. The choice depends
+on --seed and the uid alone. Members with unknown extensions are counted.
+
+A table shows how much of the pictures the boxes of a sample cover together. Boxes for pictures of
+another size cover too little, or go beyond the picture; if most do, the shards are not usable.
 
 --teachers proves that images, parameters and embeddings belong together. It embeds some of the good
-samples again, with all their stored augmentations and captions, by reinforce.py's teachers in
-float32, and compares with the stored embeddings. The teachers are those of the config, or those
-given here: `--teachers MODEL PRETRAINED MODEL PRETRAINED`, for example checkpoint files if there is
-no network. The published teachers need a GPU.
+samples again, with all their stored augmentations and captions, with the teachers in float32, and
+compares the results with the stored embeddings. The teachers are those of the config, or those
+given with the option: `--teachers MODEL PRETRAINED MODEL PRETRAINED`, for example checkpoint files
+if there is no network. The published teachers need a GPU.
 
-Prints a table. The last line says whether training can use the shards, and what to do. The exit
-status is 0 if so. It is 1 if the share of bad samples is above --max-bad, a shard is damaged or
-lacks samples, a cosine is under --min-cosine, or nothing was read. Writes only --report, all
+The script prints a table. The last line says whether training can use the shards, and what to do.
+The exit status is 0 if training can use them. It is 1 if the share of bad samples is above
+--max-bad, a shard is damaged or lacks samples, crop boxes belong to pictures of another size, a
+cosine is under --min-cosine, or nothing was read. The only file that is written is --report, all
 results as JSON.
 
-Does not detect a uid in several shards, or captions that do not describe their image.
+The script does not detect a uid in several shards, or captions that do not describe their image.
 """
 
 import argparse
@@ -32,21 +37,32 @@ import multiprocessing
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from lib.config import DEFAULT_CONFIG, ReinforcementConfig, read_config
+from lib.crop_boxes import DIRECTIONS, CropBoxes, judge, merge_counts
 from lib.pool import run_all
 from lib.publish import publish_json
 from lib.report import printable, run_command
-from lib.shards import HEADER_BUFFER, ShardError, Source, Span, expand_braces, open_files
+from lib.shards import (
+    HEADER_BUFFER,
+    ShardError,
+    Span,
+    expand_braces,
+    find_files,
+    open_files,
+    read_json_object,
+)
 from PIL import Image
 from tqdm import tqdm
 
 from dr.sample import (
+    IMAGE_MEMBERS,
     MAX_INFLATED,
     USED_MEMBERS,
     BadSample,
@@ -54,17 +70,17 @@ from dr.sample import (
     caption,
     decode_image,
     embeddings,
+    first_member,
     select,
     synthetic_captions,
 )
 from dr.sampling import RandomChoice
-from dr.tar import SIZES, read_sizes, sample_spans
+from dr.tar import SIZES, Members, Unknown, merge_unknown, read_sizes, sample_spans
 from dr.transforms import Compose, compose_from_config
 
 if TYPE_CHECKING:
     from lib.teachers import Teacher
 
-MAX_MEMBER = MAX_INFLATED  # bytes of a member as stored; larger ones are not read
 UNIT_TOLERANCE = {torch.bfloat16: 1e-2}  # bfloat16 has 8 bits
 DEFAULT_UNIT_TOLERANCE = 1e-3
 CROPS = ("resize", "center_crop", "random_crop", "random_resized_crop")  # they move pixels
@@ -77,6 +93,8 @@ ADVICE = {
     "crop box": "these images are not the ones that were embedded: join with --verify-hash, and "
     "download at the size that was used then",
     "undecodable": "download these images again, and join again",
+    "one-letter": "syn_text was one string where a list of captions belongs: fix the captions, and "
+    "reinforce again",
     "embedding width": f"{OTHER_CONFIG}, or --teacher-dimension",
     "a teacher's block": f"{OTHER_CONFIG}, or --teacher-dimension; if they are right, the "
     "reinforcements are damaged",
@@ -93,12 +111,21 @@ class Sample(NamedTuple):
         position: in its shard.
         uid: its key.
         members: those that training uses, by extension.
+        about: its json, which training does not use.
     """
 
     rank: float
     position: int
     uid: str
-    members: dict[str, Span]
+    members: Members[Span]
+    about: Span | None
+
+    def read_about(self) -> dict[str, Any]:
+        """The object in its json; empty if there is none."""
+        try:
+            return read_json_object(self.about) if self.about else {}
+        except (ValueError, RecursionError):
+            return {}
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -110,21 +137,22 @@ def list_samples(file: BinaryIO, seed: int) -> Iterator[Sample]:
     """
     for position, (uid, members) in enumerate(sample_spans(file, whole=True)):
         digest = hashlib.sha256(f"{seed} {uid}".encode("utf-8", "surrogateescape")).digest()
-        spans = {
-            extension: Span(file.name, member.offset, member.size)
+        spans = Members(
+            (extension, Span(file.name, member.offset, member.size))
             for extension, member in members.items()
             if extension in USED_MEMBERS
-        }
-        yield Sample(int.from_bytes(digest[:8], "big") / 2**64, position, uid, spans)
+        )
+        spans.unknown = members.unknown
+        json = members.get("json")
+        about = Span(file.name, json.offset, json.size) if json else None
+        yield Sample(int.from_bytes(digest[:8], "big") / 2**64, position, uid, spans, about)
 
 
-def read_sample(sample: Sample, shard: str) -> dict[str, Any]:
+def read_sample(sample: Sample, shard: str) -> Members[Any]:
     """The members that training uses, with key and shard, as its reader gives them."""
-    members: dict[str, Any] = {"__key__": sample.uid, "__url__": shard}
+    members = Members[Any](__key__=sample.uid, __url__=shard)
+    members.unknown = sample.members.unknown
     for extension, span in sample.members.items():
-        if span.size > MAX_MEMBER:
-            detail = f"{span.size} bytes, at most {MAX_MEMBER} are read"
-            raise BadSample(f"oversized {extension}", detail)
         members[extension] = span.read()
     return members
 
@@ -139,7 +167,11 @@ def make_cheap_crops(config: dict[str, Any]) -> Compose:
 
 
 def check_sample(
-    sample: dict[str, Any], compose: Compose, crops: Compose, dimensions: list[int]
+    sample: dict[str, Any],
+    compose: Compose,
+    crops: Compose,
+    dimensions: list[int],
+    measure: Callable[[Image.Image, list[dict]], None],
 ) -> tuple[int, int, int, str]:
     """Check all of a sample that can be checked without its teachers.
 
@@ -148,6 +180,7 @@ def check_sample(
         compose: the augmentation of the stored parameters.
         crops: the same, by ``make_cheap_crops``.
         dimensions: D_k, the width of each teacher's block.
+        measure: called with an image of the picture's size, and the parameters.
 
     Returns:
         its layout: numbers of augmentations and of synthetic captions, width, precision.
@@ -156,6 +189,9 @@ def check_sample(
         BadSample: training could not use it, or something that it could sample from it.
     """
     select(sample, compose, RandomChoice(), width=sum(dimensions))  # training's own checks
+    synthetic = synthetic_captions(sample)
+    if all(len(text.strip()) == 1 for text in synthetic):
+        raise BadSample("one-letter captions", f"syn_text is {synthetic}"[:200])
     parameters, stored = augmentation_parameters(sample), embeddings(sample)
     try:
         params = [compose.decompress(entry) for entry in parameters]
@@ -174,6 +210,7 @@ def check_sample(
                     f"row {worst} of {name}, teacher {teacher}: {float(norms[worst]):.4g}",
                 )
     blank = Image.new("L", decode_image(sample).size)
+    measure(blank, params)
     for entry in params:
         try:
             crops.reapply(blank, entry)
@@ -223,7 +260,11 @@ class ShardVerifier:
         except OSError as error:
             fault = error.strerror or str(error)
         found: dict[str, Any] = {"shard": path, "samples": len(samples), "read": 0, "good": []}
-        found |= {"bad": Counter(), "first": {}, "layouts": Counter()}
+        found |= {"bad": Counter(), "first": {}, "layouts": Counter(), "boxes": {}}
+        unknown: Unknown | None = None
+        for sample in samples:
+            unknown = merge_unknown(unknown, sample.members.unknown)
+        found["unknown"] = unknown
         if self.part is not None:
             samples = [sample for sample in samples if sample.rank < self.part]
         elif self.number is not None:
@@ -237,18 +278,25 @@ class ShardVerifier:
             open_files.close()
         return {**found, "fault": fault, "good": heapq.nsmallest(self.keep, found["good"])}
 
-    def _check_samples(self, samples: Iterable[Sample], found: dict[str, Any]) -> None:
+    def _check_samples(self, samples: Sequence[Sample], found: dict[str, Any]) -> None:
         compose, crops = compose_from_config(self.config), make_cheap_crops(self.config)
+        boxes = CropBoxes(crops, len(samples))
+        found["boxes"] = boxes.counts
         for sample in samples:
             try:
                 members = read_sample(sample, found["shard"])
-                layout = check_sample(members, compose, crops, self.dimensions)
+                measure = partial(boxes.add, read_about=sample.read_about)
+                layout = check_sample(members, compose, crops, self.dimensions, measure)
             except (OSError, ShardError):
                 raise
             except Exception as error:  # an unforeseen one would end a training
                 unforeseen = f"{type(error).__name__} when it is read"
                 reason = error.reason if isinstance(error, BadSample) else unforeseen
                 detail = str(error).removeprefix(reason).removeprefix(": ")
+                if reason == "undecodable image":
+                    extension, span = first_member(sample.members, IMAGE_MEMBERS)
+                    if span.size > MAX_INFLATED:
+                        reason, detail = f"oversized {extension}", f"{span.size} bytes, {detail}"
                 found["bad"][reason] += 1
                 found["first"].setdefault(reason, (sample.uid, detail))
             else:
@@ -340,6 +388,7 @@ def merge_results(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The results of all shards as one report, whatever the order in which they came."""
     report: dict[str, Any] = {"shards": len(results), "samples": 0, "read": 0, "bad": Counter()}
     report |= {"first": {}, "layouts": Counter(), "faults": {}}
+    unknown: Unknown | None = None
     for found in sorted(results, key=lambda found: found["shard"]):
         for name in ("samples", "read"):
             report[name] += found[name]
@@ -350,6 +399,10 @@ def merge_results(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             report["first"].setdefault(reason, first)
         if found["fault"]:
             report["faults"][found["shard"]] = found["fault"]
+        unknown = merge_unknown(unknown, found["unknown"])
+    report["unknown"] = unknown.number if unknown else 0
+    report["first_unknown"] = str(unknown) if unknown else ""
+    report["crop_boxes"] = judge(merge_counts([found["boxes"] for found in results]))
     return report
 
 
@@ -377,6 +430,16 @@ def format_report(report: dict[str, Any]) -> str:
         share = f"{number / max(read, 1):.2%}"
         line = f"{label:<{width}}  {number:>11,}  {share:>8}  {printable(place, 300)}"
         lines.append(line.rstrip())
+    if report["unknown"]:
+        lines += ["", printable(report["first_unknown"], 1000)]
+    if boxes := report["crop_boxes"]:
+        lines += ["", f"{'crop boxes cover, of the picture':<36}    median  expected  below 0.9"]
+        for direction in DIRECTIONS:
+            numbers = boxes[direction]
+            lines.append(
+                f"{direction:<36}  {numbers['median']:>8.2f}  {numbers['expected']:>8.2f}  "
+                f"{numbers['below_0.9']:>9.2%}"
+            )
     if report["faults"]:
         lines += ["", f"shards with something wrong: {len(report['faults'])}"]
         for shard, fault in report["faults"].items():
@@ -414,6 +477,8 @@ def find_problems(report: dict[str, Any], args: argparse.Namespace) -> list[str]
             f"{bad.total():,} of {read:,} samples ({bad.total() / read:.2%}) can't be used, more "
             f"than --max-bad {args.max_bad:g}; most: {reason} ({advice or DEFAULT_ADVICE})"
         )
+    if (boxes := report["crop_boxes"]) and boxes["verdict"]:
+        problems.append(boxes["verdict"])
     low = [found for found in report["teachers"] if not found["min"] >= args.min_cosine]
     if low:
         found = min(low, key=lambda found: found["min"])
@@ -434,11 +499,12 @@ def find_shards(given: Sequence[str]) -> list[tuple[str, int | None]]:
     for text in given:
         if Path(text).is_dir():
             folder = Path(text)
-            for name in Source(folder, None).shards():
+            for name in find_files(folder, ".tar"):
                 shards[str(folder / name)] = None
-            for path in sorted(folder.rglob(SIZES)):  # they may list shards that are missing now
-                for name in read_sizes_or_exit(path.parent):
-                    shards[str(path.parent / Path(name).name)] = None
+            for name in find_files(folder, SIZES):  # they may list shards that are missing now
+                path = folder / name
+                for shard in read_sizes_or_exit(path.parent) if path.name == SIZES else ():
+                    shards[str(path.parent / Path(shard).name)] = None
         else:
             shards.update(dict.fromkeys(expand_braces(text)))
     if not any(os.path.isfile(shard) for shard in shards):
@@ -472,10 +538,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     some.add_argument("--samples", type=int, metavar="N", help="read N samples of each shard")
     text = "width of each teacher's block of the embeddings; default: of the config's teachers"
     add("--teacher-dimension", type=int, nargs="+", metavar="D", help=text)
-    text = "largest share of bad samples; default %(default)s"
+    text = "largest share of bad samples that is not an error; default %(default)s"
     add("--max-bad", type=float, default=0.01, metavar="SHARE", help=text)
-    cores = min(8, os.cpu_count() or 1)
-    add("--workers", type=int, default=cores, help="number of processes; default %(default)s")
+    cores, text = min(8, os.cpu_count() or 1), "processes; default: one for each core, up to 8"
+    add("--workers", type=int, default=cores, help=text)
     text = "seed of the choice of samples; default %(default)s"
     add("--seed", type=int, default=0, help=text)
     text = "embed some samples again, and compare; default teachers: the config's. Give it last"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
 from dr.transforms import compose_from_config
 
@@ -113,12 +114,57 @@ def reinforced_sample(seed, augmentations=4, captions=3, width=12, bf16=False, a
     return members
 
 
-def stored_embeddings(image_emb, text_emb, bf16=False):
+def dfndr_sample(
+    seed, lists, originals=1, augmentations=4, width=12, bf16=False, in_text_emb=(), unit=False
+):
+    """The members of one joined sample of the DFNDR layout, in which everything says what it is.
+
+    Row a of ``image_emb`` begins with ``9, a, seed``; row c of the original captions with ``0, c,
+    seed``; row s of list k (from 1) with ``k, s, seed``. The captions are "caption k s of seed".
+
+    Args:
+        lists: numbers of synthetic captions, by key of ``syn.json``.
+        originals: number of original captions; several are stored as ``texts`` in ``json``.
+        in_text_emb: keys of lists whose embeddings follow the original captions' in ``text_emb``;
+            the others are in ``<key>_emb``.
+        unit: scale each half of an embedding to length 1, as teachers do.
+    """
+
+    def embed(kind, count):
+        rows = torch.zeros(count, width)
+        rows[:, 0], rows[:, 1], rows[:, 2] = kind, torch.arange(count), seed
+        if unit:
+            rows[:, 3] = rows[:, width // 2] = 1
+            rows = torch.cat([normalize(half) for half in rows.chunk(2, dim=1)], dim=1)
+        return rows
+
+    members = reinforced_sample(seed, augmentations, bf16=bf16)
+    captions = {
+        key: [f"caption {k} {s} of {seed}" for s in range(count)]
+        for k, (key, count) in enumerate(lists.items(), 1)
+    }
+    texts = [f"caption 0 {c} of {seed}" for c in range(originals)]
+    arrays = {f"{key}_emb": embed(k, count) for k, (key, count) in enumerate(lists.items(), 1)}
+    tail = [arrays.pop(f"{key}_emb") for key in in_text_emb]
+    arrays |= {
+        "image_emb": embed(9, augmentations),
+        "text_emb": torch.cat([embed(0, originals), *tail]),
+    }
+    members["syn.json"] = json.dumps(captions).encode()
+    members["txt"] = texts[0].encode()
+    if originals > 1:
+        members["json"] = json.dumps({"uid": uid(seed), "texts": texts}).encode()
+    members["pth.gz" if bf16 else "npz"] = stored_embeddings(bf16=bf16, **arrays)
+    return members
+
+
+def stored_embeddings(image_emb, text_emb, bf16=False, **others):
+    arrays = {"image_emb": image_emb, "text_emb": text_emb, **others}
     stream = io.BytesIO()
     if bf16:
-        torch.save({"image_emb": image_emb.bfloat16(), "text_emb": text_emb.bfloat16()}, stream)
+        torch.save({name: array.bfloat16() for name, array in arrays.items()}, stream)
         return gzip.compress(stream.getvalue())
-    np.savez(stream, image_emb=image_emb.numpy(), text_emb=text_emb.numpy())
+    np.savez(stream, **{name: array.numpy() for name, array in arrays.items()})
     return stream.getvalue()
 
 

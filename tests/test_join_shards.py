@@ -891,6 +891,10 @@ BAD_MEMBERS = {
         member(f"{B}.json", data=b'{"uid": %s}' % (b"7" * 5000)),
         "an unreadable json",
     ),
+    "uid with a dot": (
+        member(f"{B}.json", data=b'{"uid": "photo.1"}'),
+        "a uid with a dot, where its key would end",
+    ),
     "blank uid": (member(f"{B}.json", data=b'{"uid": ""}'), "a uid that can't be a file name"),
 }
 

@@ -76,6 +76,18 @@ REFUSED = [
     ),
     ("--remote-sync s3://bucket/runs", ["--remote-sync s3://bucket/runs", "aws", "not installed"]),
     ("--model nowhere/model.json", ["no model config file nowhere/model.json"]),
+    ("--model MobileCLIP3-S9", ["OpenCLIP has no model MobileCLIP3-S9", "open_clip_torch 3.2 and newer", "found 3."]),
+    ("--use-bn-sync", ["--use-bn-sync works on GPUs only"]),
+    (f"{GOOD} --distill-logit-bias -10", ["--distill-logit-bias", "sigmoid"]),
+    (f"{GOOD} --dataset-reinforcement-syn-text-key-regex (", ["key-regex (: expected a regular expression"]),
+    (f"{GOOD} --dataset-reinforcement-filter-image-size -1", ["filter-image-size -1"]),
+    ("--dataset-reinforcement-sample-sequential", ["without --dataset-reinforcement"]),
+    ("--dataset-reinforcement-syn-text-key-regex a", ["without --dataset-reinforcement"]),
+    (
+        "--pretrained {mobileclip_s1.pt} --image-mean 0.5 0.5 0.5",
+        ["mobileclip_s1.pt", "mean [0.0, 0.0, 0.0], std [1.0, 1.0, 1.0], bilinear", "--image-mean [0.5, 0.5, 0.5]",
+         "--ignore-pretrained-statistics"],
+    ),
 ]  # fmt: skip
 ACCEPTED = [
     "",
@@ -84,6 +96,11 @@ ACCEPTED = [
     "--dataset-resampled --save-every-n-steps 5 --max-skipped-fraction 0",
     f"{GOOD} --dataset-without-replacement --max-skipped-fraction 0.5",
     "--model coca_ViT-B-32",
+    "--model MobileCLIP2-S4",
+    f"{GOOD} --dataset-reinforcement-sample-sequential --dataset-reinforcement-filter-image-size 64",
+    "--pretrained {mobileclip_s1.pt}",
+    "--pretrained {mobileclip_s1.pt} --image-mean 0 0 0 --image-std 1 1 1 --image-interpolation bilinear",
+    "--pretrained {mobileclip_s1.pt} --image-mean 0.5 0.5 0.5 --ignore-pretrained-statistics",
     "--copy-codebase --logs {tree}/logs",
     "--copy-codebase --logs {logs}",
     "--remote-sync file://{logs}-remote --remote-sync-protocol fsspec --logs {logs}",
@@ -124,12 +141,15 @@ def outcomes(tree, tmp_path_factory):
         "unknown": json.dumps(UNKNOWN),
         "no_json": "{",
         "other": '{"a": 1}',
+        "mobileclip_s1.pt": "",
     }
     for name, text in files.items():
         (folder / name).write_text(text)
     names = {"tree": tree, "logs": folder / "logs", **{name: folder / name for name in files}}
     lines = [fill(line, names) for line in [*(line for line, _ in REFUSED), *ACCEPTED]]
-    environ = environment(tree, PATH="/usr/bin:/bin")  # without the AWS command line
+    environ = environment(
+        tree, PATH="/usr/bin:/bin", CUDA_VISIBLE_DEVICES=""
+    )  # without aws and GPUs
     done = run([sys.executable, "-c", PARSE], input=json.dumps(lines), env=environ)
     assert done.returncode == 0, done.stderr
     return names, [json.loads(line) for line in done.stdout.splitlines()]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import verify_shards
 from conftest import ROOT, environment, run
+from PIL import Image
 from shards import (
     AUGMENTATION,
     encode,
@@ -28,6 +29,7 @@ from shards import (
 
 from dr.params import register_model
 from dr.sample import embeddings
+from dr.transforms import compose_from_config
 
 SCRIPT = ROOT / "scripts" / "verify_shards.py"
 MODEL = ROOT / "tests" / "data" / "tiny_vit.json"  # 16 wide
@@ -228,6 +230,178 @@ def test_each_kind_of_damage_is_counted_under_its_reason_and_its_first_sample_is
     )
 
 
+def test_captions_stored_letter_by_letter_are_flagged(verify, tmp_path):
+    """A string where a list belongs was stored as its letters; a short caption is none of those."""
+    samples = [(uid(seed), good(seed)) for seed in range(4)]
+    for (_, members), captions in zip(samples, ["dog", "cat", "hen"], strict=False):
+        members["syn.json"] = json.dumps({"syn_text": list(captions)}).encode()
+    short = {"syn.json": json.dumps({"syn_text": ["I", "an ox", "a"]}).encode(), "txt": b"x"}
+    samples[3][1].update(short)
+    status, out, report = verify(write_shard(tmp_path / "0.tar", samples))
+    assert status == 1 and report["bad"] == {"one-letter captions": 3}
+    assert "syn_text is ['d', 'o', 'g']" in out and "reinforce again" in out.splitlines()[-1]
+
+
+def test_members_with_unknown_extensions_are_counted_and_the_first_explained(verify, tmp_path):
+    rule = "the key ends at the first dot of the file name"
+    dotted = [(f"photo.{n}", good(n)) for n in range(3)]
+    samples = [(uid(n), good(n)) for n in range(4, 8)]
+    shard = write_shard(tmp_path / "0.tar", [*dotted, *samples])
+    write_shard(tmp_path / "1.tar", [(uid(9), {**good(9), "bmp": b"", "cls": b"1"})])
+    status, out, report = verify(tmp_path, "--max-bad", 0.2)
+    first = "members with unknown extensions: 22, the first is 'photo.0.jpg', read as key 'photo'"
+    assert status == 0 and report["unknown"] == 22
+    assert report["first_unknown"].startswith(first) and f"{first} and extension '0.jpg'" in out
+    status, out, report = verify(shard)
+    assert status == 1 and report["bad"] == {"lacks an image (jpg or jpeg or png or webp)": 1}
+    (detail,) = [found["detail"] for found in report["first"].values()]
+    assert "members with unknown extensions: 21" in detail and rule in detail
+
+
+def test_an_image_of_over_64_mb_that_training_can_read_is_good(verify, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4800, 4800, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG", compress_level=0)
+    members = good(0)
+    del members["jpg"]
+    members |= {"png": stream.getvalue(), "paug.json": drawn(AUGMENTATION, 4, 4800, 4800)}
+    assert len(members["png"]) > 2**26
+    assert verify(write_shard(tmp_path / "0.tar", [(uid(0), members)]))[0] == 0
+
+
+# --- crop boxes of another picture size -----------------------------------------------------------
+def drawn(augmentation, count, height, width, seed=0):
+    """A paug.json for a picture of this size."""
+    torch.manual_seed(seed)
+    compose, blank = compose_from_config(augmentation), Image.new("RGB", (width, height))
+    params = []
+    for _ in range(count):
+        entry = {
+            "random_resized_crop": compose.transforms["random_resized_crop"].sample_params(blank)
+        }
+        entry["rand_augment"] = compose.transforms["rand_augment"].sample_params(blank)
+        params.append(compose.compress(entry))
+    return json.dumps({"param_aug": params}).encode()
+
+
+def boxed_shard(path, count, boxes, pictures, samples=12, augmentation=AUGMENTATION, about=None):
+    """Samples whose boxes were drawn for pictures of another size, given by their longer side."""
+    shapes = [(0.7, 1), (1, 0.75), (1, 1)]
+    made = []
+    for seed in range(samples):
+        height, width = shapes[seed % 3]
+        members = good(seed)
+        size = round(height * pictures), round(width * pictures)
+        members["jpg"] = encode(Image.new("RGB", size[::-1]))
+        for_size = round(height * boxes), round(width * boxes)
+        members["paug.json"] = drawn(augmentation, count, *for_size, seed)
+        members["npz"] = stored_embeddings(rows_of(count, seed), rows_of(4, seed + 1))
+        if about:
+            members["json"] = json.dumps(about(*shapes[seed % 3])).encode()
+        made.append((uid(seed), members))
+    return write_shard(path, made)
+
+
+@pytest.mark.parametrize("count", [2, 10, 30])
+@pytest.mark.parametrize(
+    ("boxes", "pictures", "words"),
+    [(512, 1024, "half"), (1024, 512, "twice"), (512, 512, None), (200, 600, "a third of")],
+)
+def test_boxes_drawn_for_pictures_of_another_size_are_not_usable(
+    verify, tmp_path, count, boxes, pictures, words
+):
+    shard = boxed_shard(tmp_path / "0.tar", count, boxes, pictures)
+    status, out, report = verify(shard)
+    found = report["crop_boxes"]
+    assert found["samples"] == 12
+    for direction in ("height", "width"):
+        assert found[direction]["median"] / found[direction]["expected"] == pytest.approx(
+            boxes / pictures, rel=0.25
+        )
+        assert f"{direction}  " in out
+    if words is None:
+        assert status == 0 and found["verdict"] is None
+        return
+    assert status == 1 and found["verdict"] in report["wrong"]
+    said = f"boxes were drawn for pictures about {words} this size: download them at that size, "
+    if count > 2:  # two boxes only tell about how much
+        assert f"{said}{boxes} on the longer side" in out.splitlines()[-1] or boxes == 200
+        assert said in out.splitlines()[-1]
+    assert "boxes were drawn for pictures about " in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("scale", [[0.9, 1.0], [1.0, 1.0], [0.05, 0.08]])
+@pytest.mark.parametrize("count", [2, 10])
+def test_what_boxes_should_cover_depends_on_their_number_and_on_the_config(
+    tmp_path, verify, config, scale, count
+):
+    crop = {**AUGMENTATION["random_resized_crop"], "scale": scale, "ratio": [0.9, 1.1]}
+    augmentation = {**AUGMENTATION, "random_resized_crop": crop}
+    own = tmp_path / "config.json"
+    own.write_text(json.dumps({"reinforce": {"image_augmentation": augmentation}}))
+    for boxes, expected in ((300, 0), (180, 1)):
+        shard = boxed_shard(tmp_path / "0.tar", count, boxes, 300, 24, augmentation)
+        arguments = [str(shard), "--config", str(own), "--teacher-dimension", "8", "4"]
+        report = tmp_path / "boxes.json"
+        try:
+            verify_shards.main([*arguments, "--workers", "1", "--report", str(report)])
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        assert (status, bool(json.loads(report.read_text())["crop_boxes"]["verdict"])) == (
+            expected,
+            bool(expected),
+        )
+
+
+def test_boxes_that_fit_the_originals_say_which_download_would_match(verify, tmp_path):
+    def original(side):
+        return lambda height, width: {
+            "original_height": round(height * side),
+            "original_width": round(width * side),
+        }
+
+    for side, setting in ((1500, "resize_mode=no"), (3000, "image_size=1500")):
+        shard = boxed_shard(tmp_path / "0.tar", 10, 1500, 512, about=original(side))
+        status, out, _ = verify(shard)
+        assert status == 1
+        assert "they fit the originals by their json: download them with" in out.splitlines()[-1]
+        assert setting in out.splitlines()[-1]
+    strange = ("original_height", "1500"), ("original_width", None), ("original_height", -1)
+    for field, value in strange:
+        about = {**original(1500)(1, 1), field: value}
+        shard = boxed_shard(tmp_path / "0.tar", 10, 1500, 512, about=lambda h, w, a=about: a)
+        status, out, _ = verify(shard)
+        assert status == 1 and "fit the originals" not in out
+
+
+def test_a_config_without_a_random_resized_crop_or_with_a_fixed_size_has_nothing_to_compare(
+    tmp_path, capsys
+):
+    fixed = {**AUGMENTATION, "resize": {"size": [200, 200]}}
+    cropless = {n: v for n, v in AUGMENTATION.items() if n != "random_resized_crop"}
+    for augmentation, size in ((fixed, 200), (cropless, None)):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"reinforce": {"image_augmentation": augmentation}})
+        )
+        samples = []
+        for seed in range(4):
+            members = {**good(seed), "jpg": encode(picture(seed, 900, 700))}
+            if size:
+                members["paug.json"] = drawn(AUGMENTATION, 4, size, size, seed)
+            else:
+                params = json.loads(members["paug.json"])["param_aug"]
+                params = [entry[1:] for entry in params]
+                members["paug.json"] = json.dumps({"param_aug": params}).encode()
+            samples.append((uid(seed), members))
+        shard = write_shard(tmp_path / "0.tar", samples)
+        arguments = [str(shard), "--config", str(tmp_path / "config.json")]
+        verify_shards.main([*arguments, "--teacher-dimension", "8", "4", "--workers", "1"])
+        out = capsys.readouterr().out
+        assert "usable: training can use 4 of the 4" in out
+        assert ("crop boxes cover" in out) == bool(size)
+
+
 def test_bfloat16_blocks_may_be_off_by_what_bfloat16_rounds(verify, tmp_path):
     stored = [scale * rows_of(4, 0) for scale in (1.005, 1.02)]
     for scaled, bf16, expected in ((0, True, 0), (1, True, 1), (0, False, 1)):
@@ -314,6 +488,24 @@ def test_damaged_shards_are_told_and_the_others_are_read(verify, tmp_path):
     assert "4 of 6 shards" in out.splitlines()[-1] and "--recheck" in out.splitlines()[-1]
     status, _, report = verify(f"{folder}/{{00000000,00000004}}.tar")
     assert status == 0 and report["read"] == 6
+
+
+def test_linked_folders_are_read_and_hidden_ones_are_not(verify, tmp_path):
+    for number, name in enumerate(("joined/00", "elsewhere", "joined/.old")):
+        write_shard(tmp_path / name / "0.tar", [(uid(number), good(number))])
+        (tmp_path / name / "sizes.json").write_text('\ufeff{"0.tar": 1}', encoding="utf-8")
+    (tmp_path / "joined" / "01").symlink_to(tmp_path / "elsewhere")
+    status, _, report = verify(tmp_path / "joined")
+    assert status == 0 and report["shards"] == 2 and report["read"] == 2
+    (tmp_path / "elsewhere" / "sizes.json").write_text('{"0.tar": 1, "1.tar": 2}')
+    status, _, report = verify(tmp_path / "joined")
+    assert status == 1 and list(report["faults"]) == [str(tmp_path / "joined/01/1.tar")]
+    for sizes in ('{"0.tar": true}', '{"0.tar": "1"}', '{"0.tar": -1}', '{"0.tar": 1.0}', "[1]"):
+        (tmp_path / "elsewhere" / "sizes.json").write_text(sizes)
+        assert "expected an object with the number" in verify(tmp_path / "joined")[0]
+    (tmp_path / "elsewhere" / "sizes.json").unlink()
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "joined")
+    assert "is a link to" in verify(tmp_path / "joined")[0]
 
 
 def test_text_of_a_shard_does_not_reach_the_terminal_as_it_is(verify, tmp_path):

@@ -30,6 +30,7 @@ MAX_OPEN_FILES = 128  # a process may have 1,024 by default
 HEADER_BUFFER = 8192  # each header is one read; the default buffer may be as large as megabytes
 
 _PACKED_SPAN = struct.Struct("<IIQQ")  # numbers of the extension and the path, offset, size
+FORBIDDEN_NAME = "a member name with a folder or control character"
 _FORBIDDEN = re.compile(r"[/\\\x00-\x1f]").search  # in a member's name
 _UID = re.compile(r"[^./\\\x00-\x1f\ud800-\udfff]+").fullmatch  # can be a file name
 
@@ -176,8 +177,23 @@ def parse_uid(uid: object) -> str:
     if not isinstance(uid, str):
         raise ValueError(f"a uid that is {describe_type(uid)}")
     if not _UID(uid):
-        raise ValueError("a uid that can't be a file name")
+        dotted = _UID(uid.replace(".", "_")) is not None
+        raise ValueError(
+            "a uid with a dot, where its key would end"
+            if dotted
+            else "a uid that can't be a file name"
+        )
     return uid
+
+
+def strip_name(name: str) -> str:
+    """A member's name, or a key, without the ``./`` of a tar that was packed from a folder."""
+    return name.removeprefix("./")
+
+
+def is_forbidden(name: str) -> bool:
+    """Whether a name, or a key, has a folder or control character."""
+    return _FORBIDDEN(name) is not None
 
 
 def _check_members(
@@ -186,11 +202,11 @@ def _check_members(
     """Yield ``(name, (member, why it cannot be used))`` of the members of a tar."""
     try:
         for member in read_headers(file, start, end, whole=True):
-            name, fault = member.name.removeprefix("./"), None
+            name, fault = strip_name(member.name), None
             if not member.is_file:
                 fault = "a member that is not a plain file"
-            elif _FORBIDDEN(name):
-                fault = "a member name with a folder or control character"
+            elif is_forbidden(name):
+                fault = FORBIDDEN_NAME
             elif member.size >= MAX_SIZE:
                 fault = "a member of 8 GiB or more"
             if fault:

@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ BAR = re.compile(r"(\d+)%\|")  # of tqdm
 LINE = "{desc}{percentage:4.0f} % |{bar}| {elapsed}, {remaining} left{postfix}"
 WIDEST = 100  # columns
 TICK = 1.0  # seconds after which the line is redrawn
-SILENCE = 30.0  # least seconds between two lines that are not on a terminal
+SILENCE = 60.0  # least seconds between two lines that are not on a terminal
 TAIL = 40  # lines that are printed of a failed step's log
 
 
@@ -76,7 +77,7 @@ class Progress:
             desc=label,
             total=100,
             bar_format=LINE,
-            ncols=min(os.get_terminal_size().columns - 1, WIDEST) if self.terminal else None,
+            ncols=min(shutil.get_terminal_size().columns - 1, WIDEST),
             file=sys.stdout,
             leave=False,
             smoothing=0,

@@ -57,6 +57,7 @@ STEPS = (
     (BASELINE, SYNTHETIC, "Synthetic captions alone change the baseline's R@1 by"),
     (BASELINE, DISTILLED, "Distillation alone changes the baseline's R@1 by"),
     (SYNTHETIC, REINFORCED, "Distillation on top of synthetic captions changes R@1 by"),
+    (DISTILLED, REINFORCED, "The contrastive loss on top of distillation changes R@1 by"),
     (BASELINE, REINFORCED, "Reinforcement, which is both, changes the baseline's R@1 by"),
 )
 TEACHERS = ("teacher-0", "teacher-1")
