@@ -166,7 +166,7 @@ def embeddings(sample: dict) -> dict[str, Tensor]:
         stored. The rows of ``text_emb`` are those of the original captions, then those of the
         synthetic captions in the order of :func:`synthetic_captions`, however they are stored.
     """
-    stored = _stored_embeddings(sample)
+    stored = stored_embeddings(sample)
     text_emb = _rows(stored["text_emb"], slice(None))
     if "syn.json" in sample:
         # A reinforcement shard of the Hub has no caption; its teachers embedded one.
@@ -226,8 +226,11 @@ def _rows(stored: np.ndarray | Tensor, rows: slice | list[int]) -> Tensor:
     return stored[rows].clone()
 
 
-def _stored_embeddings(sample: dict) -> dict[str, np.ndarray | Tensor]:
-    """As :func:`embeddings`, but as views of the stored bytes where possible."""
+def stored_embeddings(sample: dict) -> dict[str, np.ndarray | Tensor]:
+    """The stored arrays by name, as views of the stored bytes where possible.
+
+    These are ``image_emb`` and ``text_emb``, and ``<key>_emb`` of lists of synthetic captions.
+    """
     member, data = first_member(sample, REINFORCED_MEMBERS["embeddings"])
     try:
         stored: dict = _load_npz(data) if member == "npz" else _load_pth_gz(data)
@@ -385,7 +388,7 @@ def select(
     """
     check_members(sample, REINFORCED_MEMBERS)
     lists, parameters = read_caption_lists(sample), augmentation_parameters(sample)
-    originals, stored = original_captions(sample), _stored_embeddings(sample)
+    originals, stored = original_captions(sample), stored_embeddings(sample)
     if len(stored["image_emb"]) != len(parameters):
         found = f"{len(stored['image_emb'])} rows for {len(parameters)} augmentations"
         raise BadSample("row counts disagree", f"image_emb has {found}")

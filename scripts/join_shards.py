@@ -196,7 +196,7 @@ def convert_to_bf16(
     """Replace each ``npz`` by a ``pth.gz`` in bfloat16; skip samples whose npz cannot be read."""
     import torch  # takes 200 MB and seconds
 
-    from dr.sample import MAX_INFLATED, BadSample, embeddings
+    from dr.sample import MAX_INFLATED, BadSample, stored_embeddings
 
     for uid, members in samples:
         npz = members.get("npz")
@@ -204,12 +204,13 @@ def convert_to_bf16(
             try:
                 if npz.size > MAX_INFLATED:
                     raise BadSample("oversized npz")
-                stored = embeddings({"npz": npz.read()})
+                stored = stored_embeddings({"npz": npz.read()})
             except BadSample as error:
                 counts.skip(uid, error.reason)
                 continue
             stream = io.BytesIO()
-            torch.save({name: tensor.bfloat16() for name, tensor in stored.items()}, stream)
+            arrays = {name: torch.tensor(array).bfloat16() for name, array in stored.items()}
+            torch.save(arrays, stream)
             members.pop("pth.gz", None)  # of the two, training would read the npz
             members["npz"] = gzip.compress(stream.getvalue(), GZIP_LEVEL, mtime=0)
             members = {"pth.gz" if name == "npz" else name: members[name] for name in members}

@@ -2,11 +2,21 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from shards import AUGMENTATION, dfndr_sample, stored_embeddings, uid
+from shards import (
+    AUGMENTATION,
+    dfndr_sample,
+    read_samples,
+    stored_embeddings,
+    uid,
+    write_shard,
+)
 
 from dr.sample import BadSample, ReinforcedProcessor, embeddings, select, synthetic_captions
 from dr.sampling import EpochChoice, RandomChoice, ScheduledChoice
@@ -183,3 +193,16 @@ def test_small_images_are_skipped_by_their_shorter_side():
         else:
             with pytest.raises(BadSample, match="small image: 48x40, under 41 pixels"):
                 processor.augment(row, RandomChoice())
+
+
+def test_the_join_converts_the_embeddings_of_all_lists_to_bf16(tmp_path):
+    sample = dfndr_sample(7, BOTH)
+    write_shard(tmp_path / "in" / "00000000.tar", [(uid(7), sample)])
+    script = Path(__file__).parents[1] / "scripts" / "join_shards.py"
+    command = [sys.executable, script, "--source", tmp_path / "in", "--output", tmp_path / "out"]
+    subprocess.run([*map(str, command), "--embeddings", "bf16"], check=True)
+    joined = read_samples(tmp_path / "out" / "00000000.tar")[uid(7)]
+    assert "pth.gz" in joined and "npz" not in joined
+    before, after = embeddings(sample), embeddings(joined)
+    for name, rows in before.items():
+        assert after[name].dtype == torch.bfloat16 and torch.equal(after[name], rows.bfloat16())
