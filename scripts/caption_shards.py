@@ -35,9 +35,9 @@ Outputs
 Several machines can share the work: give each its own --shards and --temp.
 
 The script is meant for one machine and one or two billion rows. --memory must be at least 200MB,
-and more if captions are longer than 256 bytes on average; the process takes up to 0.25 GB more. In
-the whole of DataCompDR-1B, reading the uids takes 15 hours of one core, the lookup an hour on 2
-cores, and the output 1.3 TB (estimated).
+and more if captions are longer than 256 bytes on average or there are many threads; the process
+takes up to 0.25 GB more. For the whole of DataCompDR-1B, the estimates are 15 hours of one core to
+read the uids, an hour on 2 cores for the lookup, and 1.3 TB of output.
 
 The script does not detect captions whose text has changed since they were embedded.
 """
