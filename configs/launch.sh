@@ -20,6 +20,7 @@ case ${1:-} in -h | --help) print_help; exit ;; esac
 
 # --- settings common to all recipes ---------------------------------------------------------------
 MODEL=${MODEL:-ViT-B-16}                # an OpenCLIP model name, or a model config FILE.json
+PRETRAINED=${PRETRAINED:-}              # weights to start from: a file, or an OpenCLIP tag
 PRECISION=${PRECISION:-}                # empty: amp on GPUs, fp32 on the CPU
 LR=${LR:-1.e-3}                         # learning rate
 WD=${WD:-0.2}                           # weight decay
@@ -144,6 +145,7 @@ launch() {
         --save-frequency "$SAVE_FREQUENCY" --zeroshot-frequency "$ZEROSHOT_FREQUENCY"
         --log-every-n-steps "$LOG_EVERY" --logs "$LOGS" --name "$NAME"
     )
+    [ -z "$PRETRAINED" ] || args+=(--pretrained "$PRETRAINED")
     [ "$SAVE_EVERY_N_STEPS" = 0 ] || args+=(--save-every-n-steps "$SAVE_EVERY_N_STEPS")
     [ "$KEEP_LAST_K" = 2 ] || args+=(--keep-last-k "$KEEP_LAST_K")
     [ -z "$MAX_SKIPPED_FRACTION" ] || args+=(--max-skipped-fraction "$MAX_SKIPPED_FRACTION")

@@ -275,6 +275,14 @@ def _value_rules(args: Namespace) -> Iterator[Rule]:
     )
     steps, kept, fraction = args.save_every_n_steps, args.keep_last_k, args.max_skipped_fraction
     total = args.total_steps
+    weights = args.pretrained or ""
+    if weights and not os.path.exists(weights):
+        tags = open_clip.list_pretrained_tags_by_model(args.model)
+        yield (
+            weights.lower() not in [*tags, "openai"],
+            f"--pretrained {weights}: there is no such file, and OpenCLIP has no weights of this "
+            f"name for {args.model} (it has {', '.join(tags) or 'none'})",
+        )
     yield total is not None and total < 1, f"--total-steps {total}: expected 1 or more"
     yield (
         total is not None and args.train_num_samples is None,

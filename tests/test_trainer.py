@@ -14,6 +14,7 @@ import pytest
 import sampling_coverage
 import torch
 from conftest import ROOT, environment, run
+from safetensors.torch import save_file
 from shards import AUGMENTATION, encode, picture, uid, write_reinforced_shards, write_shard
 
 from dr.tar import group_members
@@ -364,3 +365,58 @@ def test_a_run_takes_exactly_the_iterations_that_it_was_given(
     assert steps == [3, 3, 3, 1, 0]
     rates = [float(rate) for rate in re.findall(r" LR: ([\d.e-]+) ", text)]
     assert len(rates) == 10 and rates[1] == max(rates) and rates[-1] < 0.1 * rates[1]
+
+
+def test_released_weights_bring_their_preprocessing(tree, config, shards, tmp_path):
+    """A model trained with mean 0, std 1 and bilinear resizing, as MobileCLIP-S1 was, has the same
+    figures after its training and loaded as weights; also from a run script, from safetensors."""
+    for number, name in enumerate(("n01440764", "n01443537")):
+        (tmp_path / "imagenet" / name).mkdir(parents=True)
+        for seed in range(4):
+            picture(8 * number + seed).save(tmp_path / "imagenet" / name / f"{seed}.jpg")
+    first = shards.replace("{00000000..00000003}", "00000000")
+    model = [
+        *("--model", MODEL, "--precision", "fp32", "--dist-backend", "gloo", "--logs", tmp_path),
+        *("--val-data", first, "--val-num-samples", 24, "--dataset-type", "webdataset"),
+        *("--imagenet-val", tmp_path / "imagenet", "--workers", 1, "--batch-size", 8),
+    ]
+    own = [*("--image-mean", *"000", "--image-std", *"111"), *("--image-interpolation", "bilinear")]
+
+    def figures(name, *options):
+        done = run(
+            [sys.executable, ROOT / "tests" / "zero_shot.py", *model, "--name", name, *options],
+            env=environment(tree),
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (tmp_path / name / "checkpoints" / "results.jsonl").read_text().splitlines()
+        found = json.loads(lines[-1])
+        found.pop("epoch")
+        assert {"imagenet-zeroshot-val-top1", "clip_val_loss", "image_to_text_R@1"} <= found.keys()
+        return found
+
+    options = [*("--train-num-samples", 96, "--epochs", 1), *("--warmup", 1, "--lr", 1e-2)]
+    trained = figures("trained", "--train-data", shards, *options, "--dataset-resampled", *own)
+    weights = state(tmp_path / "trained" / "checkpoints" / "epoch_1.pt")["state_dict"]
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    released = tmp_path / "mobileclip_s1.pt"
+    torch.save(weights, released)
+    safe = released.with_suffix(".safetensors")
+    save_file(weights, safe)
+    assert figures("loaded", "--pretrained", released) == trained
+    assert figures("safe", "--pretrained", safe) == trained
+    other = figures(
+        "other", "--pretrained", safe, "--ignore-pretrained-statistics", *("--image-mean", *"001")
+    )
+    assert other["clip_val_loss"] != trained["clip_val_loss"]
+
+    environ = settings(
+        tree, config, shards, tmp_path, NAME="tuned", PRETRAINED=safe, ITERATIONS=2, LR=0
+    )
+    done = train(tree, environ, "--val-data", first, "--val-num-samples", "24")
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = log(tmp_path, "tuned")
+    assert "image_mean: [0.0, 0.0, 0.0]" in text and "image_interpolation: bilinear" in text
+    lines = (tmp_path / "tuned" / "checkpoints" / "results.jsonl").read_text().splitlines()
+    tuned = json.loads(lines[-1])
+    assert tuned["clip_val_loss"] == pytest.approx(trained["clip_val_loss"], rel=1e-5)
+    assert tuned["image_to_text_R@1"] == trained["image_to_text_R@1"]
