@@ -63,8 +63,10 @@ obstacle() {
 # --- the tree and the environment -----------------------------------------------------------------
 # The scripts run from the patched tree (open_clip/configs) and from this repository (configs/).
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[ -f "$tree/src/training/main.py" ] || tree=$tree/open_clip
-[ -f "$tree/src/training/dr/loss.py" ] || obstacle "no patched OpenCLIP in $tree: run" \
+[ -d "$tree/src" ] || tree=$tree/open_clip
+trainer=training
+[ ! -d "$tree/src/open_clip_train" ] || trainer=open_clip_train # of OpenCLIP 3.3
+[ -f "$tree/src/$trainer/dr/loss.py" ] || obstacle "no patched OpenCLIP in $tree: run" \
     "'bash scripts/setup_open_clip.sh' at the repository's root first"
 [ -n "$DATASETS" ] || DATASETS=$(dirname "$tree")/datasets
 "$PYTHON" -c 'import braceexpand, importlib.util; assert importlib.util.find_spec("torch")' \
@@ -169,7 +171,7 @@ launch() {
     local command=(
         env "${variables[@]}" "$PYTHON" -m torch.distributed.run --nnodes "$NUM_NODES"
         --nproc-per-node "$processes" --max-restarts 0 "${rendezvous[@]}"
-        -m -- training.main "${device[@]}" "${args[@]}" "$@"
+        -m -- "$trainer.main" "${device[@]}" "${args[@]}" "$@"
     )
     [ "$DRY_RUN" != 0 ] || exec "${command[@]}"
     printf '%q \\\n' "${command[@]:0:${#command[@]}-1}"

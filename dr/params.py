@@ -183,6 +183,10 @@ def prepare_args(args: Namespace, parser: ArgumentParser) -> None:
             parser.exit(2, f"error: {message}\n")
     if mismatch := follow_weights(args):
         parser.exit(2, f"error: {mismatch}\n")
+    if "timm" in getattr(args, "opt", ""):  # OpenCLIP 3.3 has defaults for its own AdamW only
+        args.eps = 1e-8 if args.eps is None else args.eps
+        if args.beta1 is None and args.beta2 is not None:  # as in the run scripts
+            args.beta1 = 0.9
     if args.max_skipped_fraction is None:
         limited = args.dataset_reinforcement or args.dataset_without_replacement
         args.max_skipped_fraction = 0.1 if limited else 1.0

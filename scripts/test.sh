@@ -19,4 +19,4 @@ ruff check .
 ruff format --check .
 shellcheck -x scripts/*.sh configs/*.sh .ci/run
 mypy
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"

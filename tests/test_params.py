@@ -118,8 +118,8 @@ ACCEPTED = [
     f"--dataset-reinforcement --dataset-reinforcement-config {CONFIG} --distill-loss-weights 1 0",
 ]
 PARSE = """
-import contextlib, io, json, sys
-from training.params import parse_args
+import contextlib, importlib, io, json, os, sys
+parse_args = importlib.import_module(os.environ["TRAINER"] + ".params").parse_args
 for line in json.loads(sys.stdin.read()):
     said = io.StringIO()
     try:

@@ -10,10 +10,10 @@ from conftest import ROOT, run
 pytestmark = pytest.mark.slow
 
 
-def test_the_fast_quickstart_walks_the_whole_path_and_may_be_run_again(tree, tmp_path):
+def test_the_fast_quickstart_walks_the_whole_path_and_may_be_run_again(pinned_tree, tmp_path):
     environ = {
         **os.environ,
-        "OPEN_CLIP": str(tree),
+        "OPEN_CLIP": str(pinned_tree),
         "WORK": str(tmp_path),
         "PYTHON": sys.executable,
     }
