@@ -20,7 +20,7 @@ from huggingface_hub import HfFileSystem
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
-from draw_sample import NO_CAPTION, describe_parameters, draw_sample
+from lib.draw_sample import NO_CAPTION, describe_parameters, draw_sample
 from lib.http_image import fetch_image
 from lib.reinforcement import read_reinforcement
 from lib.report import printable, run_command

@@ -1,7 +1,7 @@
 """Draw everything that is stored with a joined sample.
 
-This is a library, without a command; hf_dataset_example.py --output uses it. Characters that
-Pillow's own font lacks come out as boxes.
+hf_dataset_example.py --output and the quickstart use it. Characters that Pillow's own font lacks
+come out as boxes.
 """
 
 import functools
@@ -9,8 +9,6 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from lib.reinforcement import Reinforcement
-from lib.report import printable
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -23,6 +21,9 @@ from dr.sample import (
     synthetic_captions,
 )
 from dr.transforms import RAND_AUGMENT_OPS
+
+from .reinforcement import Reinforcement
+from .report import printable
 
 MAX_AUGMENTATIONS, MAX_CAPTIONS = 30, 10  # more are not drawn
 WIDTH, MARGIN = 1600, 40  # pixels, as everything below
