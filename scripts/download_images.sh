@@ -54,7 +54,10 @@ while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;;
         --1b) dataset=datacompdr1b ;;
-        --dataset) dataset=${2:-} && shift ;;
+        --dataset)
+            [ $# -gt 1 ] || fail "--dataset: expected the name of a data set"
+            dataset=$2
+            shift ;;
         --dataset=*) dataset=${1#*=} ;;
         *) options+=("$1") ;;
     esac

@@ -483,7 +483,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add, slurm = parser.add_argument, os.environ.get
     source: dict[str, Any] = {"dest": "sources", "action": "append", "metavar": "DIR|PATTERN"}
-    text = "join the folders of this data set; further sources come before them"
+    text = "join the folders of this data set; further sources come after them"
     add_dataset_option(parser, text)
     text = "with --dataset: its image shards have other file names, or are split at other samples"
     add("--images-unaligned", action="store_true", help=text)
@@ -532,11 +532,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("expected --dataset, or --source and --output")
     elif args.images_unaligned:
         parser.error("--images-unaligned: expected --dataset; or give an --unaligned-source")
-    if (
-        not args.report
-        and not args.dataset
-        and all(unaligned for _, unaligned in args.sources or ())
-    ):
+    needs_source = not args.report and not args.dataset
+    if needs_source and all(unaligned for _, unaligned in args.sources or ()):
         parser.error("--source: expected at least one, whose names of shards the output gets")
     return args
 
@@ -702,7 +699,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if args.dataset:
         own = list_sources(args.dataset, args.images_unaligned)
-        args.sources = [*(args.sources or ()), *own]
+        args.sources = [*own, *(args.sources or ())]
     sources, report = open_sources(args), new_report()
     for source in sources:
         faults = source.faults() if isinstance(source, UnalignedSource) else {}
