@@ -63,6 +63,7 @@ from lib.hub import (
     hub_errors_in_one_line,
     is_shard,
     page_of,
+    shard_path,
     status_of,
 )
 from lib.report import printable, run_command
@@ -116,13 +117,6 @@ def parse_range(text: str) -> range:
     if first > last:
         raise argparse.ArgumentTypeError(f"expected a range such as 0-3, or a number, not {text!r}")
     return range(first, last + 1)
-
-
-def shard_path(number: int, per_folder: int) -> str:
-    """Shard 1003 is 00001003.tar, or 01/00000003.tar where folders hold 1,000 each."""
-    if not per_folder:
-        return f"{number:08d}.tar"
-    return f"{number // per_folder:02d}/{number % per_folder:08d}.tar"
 
 
 def list_repository(

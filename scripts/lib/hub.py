@@ -11,6 +11,8 @@ from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HTTPError  # HTTPError: of httpx or its successor
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from .datasets import DataSet
+
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # Shards of a repository whose layout is not known.
 is_shard = re.compile(r"(?:[\w-]+/)*\d+\.tar").fullmatch
@@ -84,6 +86,13 @@ def hub_errors_in_one_line(repo: str) -> Iterator[None]:
 
 
 # --- the beginning of a shard ---------------------------------------------------------------------
+def shard_path(number: int, per_folder: int) -> str:
+    """Shard 1003 is 00001003.tar, or 01/00000003.tar where folders hold 1,000 each."""
+    if not per_folder:
+        return f"{number:08d}.tar"
+    return f"{number // per_folder:02d}/{number % per_folder:08d}.tar"
+
+
 class HubShard(NamedTuple):
     """A shard of a data set on the Hub."""
 
@@ -106,6 +115,13 @@ class HubShard(NamedTuple):
                 "hf://apple/DFNDR-12M for its first shard"
             )
         return cls(repository, path or find_first_shard(repository))
+
+    @classmethod
+    def first_of(cls, dataset: DataSet) -> "HubShard":
+        """The first shard of a data set. Raises SystemExit if its Hub lists none."""
+        if dataset.per_folder is None:
+            return cls(dataset.repository, find_first_shard(dataset.repository))
+        return cls(dataset.repository, shard_path(0, dataset.per_folder))
 
     def __str__(self) -> str:
         return f"hf://{self.repository}/{self.path}"
