@@ -265,7 +265,7 @@ def _describe(array: Any) -> str:
     return f"{getattr(array, 'dtype', type(array))} {list(getattr(array, 'shape', ()))}"
 
 
-def _check_inflated(archive: zipfile.ZipFile, member: str) -> None:
+def check_inflated(archive: zipfile.ZipFile, member: str) -> None:
     size = sum(entry.file_size for entry in archive.infolist())
     if size > MAX_INFLATED:
         raise BadSample(
@@ -280,7 +280,7 @@ def _load_npz(data: bytes) -> dict[str, np.ndarray]:
     """
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        _check_inflated(archive, "npz")
+        check_inflated(archive, "npz")
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
         for name in _embedding_names(entries):
             entry = entries[name]
@@ -329,7 +329,7 @@ def load_pth_gz(data: bytes) -> Any:
     if not stream.eof or stream.unused_data:
         raise BadSample("unreadable pth.gz", "cut off, or more than one gzip stream")
     with zipfile.ZipFile(io.BytesIO(inflated)) as archive:
-        _check_inflated(archive, "pth.gz")
+        check_inflated(archive, "pth.gz")
     return torch.load(io.BytesIO(inflated), map_location="cpu", weights_only=True)
 
 

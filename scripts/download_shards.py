@@ -53,16 +53,16 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, logging
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from lib.datasets import DATASETS, add_dataset_option, describe_datasets
 from lib.hub import (
     REPOSITORY,
     HubError,
-    check_environment,
     explain,
     hub_errors_in_one_line,
     is_shard,
     page_of,
+    prepare_client,
     shard_path,
     status_of,
 )
@@ -466,8 +466,7 @@ def list_wanted(args: argparse.Namespace) -> list[Wanted]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    logging.set_verbosity_error()  # errors are reported here
-    check_environment()
+    prepare_client()
 
     files: list[File] = []
     for wanted in args.wanted:

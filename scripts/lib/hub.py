@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HTTPError  # HTTPError: of httpx or its successor
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, logging
 
 from .datasets import DataSet
 
@@ -63,8 +63,9 @@ def explain(error: BaseException, repo: str) -> str:
     )
 
 
-def check_environment() -> None:
-    """Exit with a line if HF_ENDPOINT or HF_TOKEN cannot be right."""
+def prepare_client() -> None:
+    """Exit with a line if HF_ENDPOINT or HF_TOKEN cannot be right; end huggingface_hub's log."""
+    logging.set_verbosity_error()  # errors are reported here
     endpoint = urlsplit(constants.ENDPOINT)
     if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
         raise SystemExit("HF_ENDPOINT is no URL such as https://huggingface.co")
@@ -129,7 +130,7 @@ class HubShard(NamedTuple):
 
 def find_first_shard(repository: str) -> str:
     """Path of the first shard that the Hub lists; exits with a line if there is none."""
-    check_environment()
+    prepare_client()
     with hub_errors_in_one_line(repository):
         for entry in HfApi().list_repo_tree(repository, repo_type="dataset", recursive=True):
             if is_shard(entry.path):
@@ -171,7 +172,7 @@ def open_beginning(shard: HubShard, limit: int) -> Iterator[Beginning]:
     Raises:
         SystemExit: the Hub refuses it, or does not answer.
     """
-    check_environment()
+    prepare_client()
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes=0-{limit}"}
     url = hf_hub_url(shard.repository, shard.path, repo_type="dataset")
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
