@@ -10,7 +10,7 @@ print_help() {
     sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
     printf '\nSettings and their defaults:\n\n'
     sed -n 's/^\([A-Z][A-Z0-9_]*\)=${\1:\{0,1\}-\(.*\)}\( *# *\(.*\)\)\{0,1\}$/\1|\2|\4/p' \
-        "$0" "${BASH_SOURCE[0]}" |
+        "$0" "${BASH_SOURCE[0]}" | awk -F '|' '!listed[$1]++' |
         while IFS='|' read -r name default comment; do
             printf '  %-36s %s\n' "$name=$default" "$comment"
         done
@@ -74,7 +74,7 @@ trainer=training
     "in which this package is installed, or set PYTHON to its python"
 
 # --- steps ----------------------------------------------------------------------------------------
-# require_shards SCRIPT: check that the first and the last shard of DATA exist; SCRIPT makes them.
+# require_shards COMMAND: check that the first and last shard of DATA exist; COMMAND makes them.
 require_shards() {
     local absent
     case $DATA in *://* | pipe:*) return ;; esac
@@ -87,7 +87,7 @@ print(next((shard for shard in (shards[0], shards[-1]) if not os.path.isfile(sha
 PY
     ) || obstacle "cannot expand DATA=$DATA (Python's message is above)"
     [ -z "$absent" ] || obstacle "no training shard $absent (only the first and the last were" \
-        "checked): 'bash $1' joins captions, images and reinforcements, or set DATA to your shards"
+        "checked): '$1' joins captions, images and reinforcements, or set DATA to your shards"
 }
 
 # launch [TRAINER ARGUMENT …]: run the trainer; or print its command in a dry run.

@@ -36,7 +36,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
-from draw_sample import draw_sample, fold_accents, stack
+from lib.draw_sample import draw_sample, fold_accents, stack
 from lib.reinforcement import read_reinforcement
 from lib.report import printable
 
