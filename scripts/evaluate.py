@@ -25,7 +25,6 @@ Nothing in a data set is unpickled.
 
 import argparse
 import io
-import json
 import math
 import os
 import tarfile
@@ -49,6 +48,7 @@ from lib.evaluation import (
     SUITES,
     WINOGAVIL,
     WORST_TOP5,
+    append_result,
     average,
     find_data_set,
     find_results,
@@ -353,20 +353,6 @@ def evaluate(
 
 
 # --- report ---------------------------------------------------------------------------------------
-def append_line(path: Path, content: object) -> None:
-    """Append a line of JSON, on a line of its own also after one that was cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(str(path), "a+b") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(content).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 class Evaluated(NamedTuple):
     """A checkpoint and its results.
 
@@ -541,7 +527,7 @@ def evaluate_checkpoint(
             "language": "en",
             "sha256": sha256,
         }
-        append_line(path, line | found)
+        append_result(path, line | found)
     results = select_results(read_results(path), sha256)
     name = f"{find_run(checkpoint).name}/{Path(checkpoint).stem}"
     return Evaluated(name, parameters, results)

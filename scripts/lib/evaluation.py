@@ -8,6 +8,7 @@ metrics. DataComp also evaluates FairFace and UTKFace, which have no main metric
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,6 +169,20 @@ def read_results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
             continue
         results[key] = result
     return results
+
+
+def append_result(path: Path, result: dict[str, Any]) -> None:
+    """Append a line of JSON, on a line of its own also after one that was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(str(path), "a+b") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(result).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def select_results(
