@@ -1,20 +1,13 @@
 """Teachers: OpenCLIP models that embed augmented images and captions, named by a config."""
 
-import logging
-import os
-from collections.abc import Mapping
-from typing import Any
-
 import open_clip
-import safetensors.torch
 import torch
 from torchvision.transforms import functional as F
 
-from dr import checkpoint
 from dr.weights import register_model
 
 from .config import ReinforcementConfig
-from .report import printable
+from .models import ModelError, load_model
 
 
 class Teacher:
@@ -36,16 +29,13 @@ class Teacher:
         self.name, self.pretrained = name, pretrained
         self.device, self.autocast = device, precision == "bf16"
         try:
-            model_name, model = _create_model(name, pretrained, device)
-            self.tokenizer = open_clip.get_tokenizer(model_name)
-        except Exception as error:  # of any kind: OpenCLIP's, the Hub's, or torch's
-            line = printable(str(error).strip().partition("\n")[0], 600)
-            kind = "" if isinstance(error, _LoadError) else f"{type(error).__name__}: "
+            loaded = load_model(name, pretrained, device)
+        except ModelError as error:
             raise SystemExit(
-                f"error: the teacher {name} {pretrained} can't be loaded: {kind}{line}"
+                f"error: the teacher {name} {pretrained} can't be loaded: {error}"
             ) from None
-        self.model: Any = model.eval()
-        preprocess = model.visual.preprocess_cfg
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        preprocess = loaded.preprocessing
         self.mean, self.std = list(preprocess["mean"]), list(preprocess["std"])
         self.size: int | tuple[int, int] = preprocess["size"]
 
@@ -85,80 +75,6 @@ class Teacher:
                 f"error: {config.path}: the crop is {crop} pixels, but teacher {self.name} takes "
                 f"{self.size}"
             )
-
-
-class _LoadError(Exception):
-    """Why a teacher cannot be loaded, in a line for people."""
-
-
-def _create_model(name: str, pretrained: str, device: torch.device) -> tuple[str, Any]:
-    """A model and its name in OpenCLIP's registry."""
-    try:
-        model_name = register_model(name)
-    except ValueError as error:  # of JSON
-        raise _LoadError(f"{name} is no model config: {error}") from error
-    if name.endswith(".json") and open_clip.get_model_config(model_name) is None:
-        raise _LoadError(
-            f"{name} is no model config: expected an object with embed_dim, vision_cfg and text_cfg"
-        )
-    if not os.path.isfile(pretrained):
-        return model_name, open_clip.create_model(model_name, pretrained=pretrained, device=device)
-    logging.disable(logging.WARNING)  # "no pretrained weights": they are loaded below
-    try:
-        model = open_clip.create_model(model_name, device=device)
-    finally:
-        logging.disable(logging.NOTSET)
-    load_weights(model, pretrained, name)
-    return model_name, model
-
-
-def load_weights(model: torch.nn.Module, path: str, name: str) -> None:
-    """Load weights from a file: a checkpoint of the trainer, a bare state, or safetensors.
-
-    Args:
-        model: whose weights they are.
-        path: of the file.
-        name: of the model, for messages.
-
-    Raises:
-        _LoadError: the file holds no weights, or those of another model.
-    """
-    try:
-        if path.endswith(".safetensors"):
-            state: Any = safetensors.torch.load_file(path, device="cpu")
-        else:
-            state = checkpoint.load(path, map_location="cpu")
-    except Exception as error:  # torch raises anything on a broken file
-        line = str(error).strip().partition("\n")[0]
-        raise _LoadError(f"{path} is no checkpoint: {type(error).__name__}: {line}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not (
-        isinstance(state, Mapping)
-        and state
-        and all(isinstance(key, str) for key in state)
-        and all(isinstance(value, torch.Tensor) for value in state.values())
-    ):
-        raise _LoadError(
-            f"{path} is no checkpoint: expected weights by name, or such an object as state_dict"
-        )
-    state, expected = checkpoint.match_names(state, model), model.state_dict()
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} is {list(state[key].shape)}, expected {list(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    faults = [
-        f"{kind} {found[0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-        for kind, found in (("lacks", missing), ("has an unexpected", unexpected), ("its", shapes))
-        if found
-    ]
-    if faults:
-        found = "; ".join(faults)
-        raise _LoadError(f"{path} is a checkpoint of another model than {name}: {found}")
-    model.load_state_dict(state)
 
 
 def teacher_dimensions(config: ReinforcementConfig) -> list[int]:
