@@ -38,6 +38,7 @@ class Saved:
     """Counts the bytes that autograd keeps for the backward pass, now and at most."""
 
     def __init__(self, parameters: list[Tensor]):
+        self.parameters = parameters  # kept, so that no other storage takes their addresses
         self.uses = {p.untyped_storage()._cdata: 1 for p in parameters}
         self.now = self.most = 0
 
