@@ -22,6 +22,7 @@ import argparse
 import io
 import json
 import re
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -35,7 +36,7 @@ from typing import Any
 import numpy as np
 from lib.config import DEFAULT_CONFIG, read_config
 from lib.datasets import DATASETS, add_dataset_option
-from lib.hub import Beginning, HubError, HubShard, open_beginning
+from lib.hub import Beginning, HubShard, LimitReached, open_beginning
 from lib.report import printable, run_command
 from lib.shards import MAX_JSON, describe_type
 from PIL import Image
@@ -244,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 count += 1
     except tarfile.TarError as error:
         damage = f"not a whole, uncompressed tar: {printable(error)}"
-    except HubError:
+    except LimitReached:
         damage = f"its first {count + 1} samples have over {MAX_READ} bytes"
     print(f"\n{count:,} samples read")
     for name, number in counts.items():
@@ -288,4 +289,5 @@ def conclude(count: int, lacks: Counter[str], faults: Counter[str], damage: str 
 
 
 if __name__ == "__main__":
-    run_command(main, HubError, interrupted="nothing was changed")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for captions beyond the terminal's letters
+    run_command(main, interrupted="nothing was changed")
