@@ -163,9 +163,12 @@ def test_captions_from_a_folder_of_their_own_come_first(folders, monkeypatch):
     assert read_samples(folders.output / NAME)[uid(0)]["txt"] == b"another caption"
 
 
-def test_the_join_says_which_part_no_shard_has_and_which_folder_is_missing(folders):
+def test_the_join_says_which_part_no_shard_has_and_which_folder_is_missing(folders, monkeypatch):
     folders.write(reinforcement(0, "txt"))
     with pytest.raises(SystemExit, match=r"holds a sample's caption: .*DFNDR12M_CAPTIONS_PATH"):
+        join_shards.main(["--dataset", "dfndr12m", "--workers", "1"])
+    monkeypatch.setenv("DFNDR12M_CAPTIONS_PATH", "nowhere")
+    with pytest.raises(SystemExit, match=r"no folder nowhere \(DFNDR12M_CAPTIONS_PATH\): make it"):
         join_shards.main(["--dataset", "dfndr12m", "--workers", "1"])
     shutil.rmtree(folders.images)
     with pytest.raises(
