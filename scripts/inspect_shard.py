@@ -189,6 +189,13 @@ def print_sample(number: int, key: str, members: Members[bytes]) -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------
+def parse_regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -208,7 +215,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--config", type=Path, help=text)
     text = "lists of synthetic captions that training is to use, as its option of the like name"
-    add("--syn-text-key-regex", type=re.compile, metavar="R", help=text)
+    add("--syn-text-key-regex", type=parse_regex, metavar="R", help=text)
     args = parser.parse_args(arguments)
     dataset = DATASETS[args.dataset] if args.dataset else None
     if not args.shard and not dataset:
