@@ -518,7 +518,8 @@ def find_number(name: str) -> int | None:
     *folders, stem = Path(name).with_suffix("").parts
     if len(folders) > 1 or not all(re.fullmatch(r"[0-9]+", part) for part in (*folders, stem)):
         return None
-    return 1000 * int(folders[0] if folders else 0) + int(stem)
+    per_folder = DATASETS["datacompdr1b"].per_folder
+    return per_folder * int(folders[0] if folders else 0) + int(stem)
 
 
 def choose_names(wanted: str | None, source: Source) -> list[str]:
@@ -535,7 +536,7 @@ def choose_names(wanted: str | None, source: Source) -> list[str]:
         if len(names) < count:
             raise SystemExit(
                 f"--shards {wanted}: {len(names)} of these {count} are in {source.folder}; "
-                "download the others first, or choose fewer"
+                "download the others first, or choose fewer, or give a pattern of names"
             )
     elif wanted:
         names = expand_braces(wanted)

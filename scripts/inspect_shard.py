@@ -22,6 +22,7 @@ import argparse
 import io
 import json
 import re
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -35,7 +36,7 @@ from typing import Any
 import numpy as np
 from lib.config import DEFAULT_CONFIG, read_config
 from lib.datasets import DATASETS, add_dataset_option
-from lib.hub import Beginning, HubError, HubShard, open_beginning
+from lib.hub import Beginning, HubShard, LimitReached, open_beginning
 from lib.report import printable, run_command
 from lib.shards import MAX_JSON, describe_type
 from PIL import Image
@@ -188,6 +189,13 @@ def print_sample(number: int, key: str, members: Members[bytes]) -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------
+def parse_regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -207,7 +215,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--config", type=Path, help=text)
     text = "lists of synthetic captions that training is to use, as its option of the like name"
-    add("--syn-text-key-regex", type=re.compile, metavar="R", help=text)
+    add("--syn-text-key-regex", type=parse_regex, metavar="R", help=text)
     args = parser.parse_args(arguments)
     dataset = DATASETS[args.dataset] if args.dataset else None
     if not args.shard and not dataset:
@@ -244,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 count += 1
     except tarfile.TarError as error:
         damage = f"not a whole, uncompressed tar: {printable(error)}"
-    except HubError:
+    except LimitReached:
         damage = f"its first {count + 1} samples have over {MAX_READ} bytes"
     print(f"\n{count:,} samples read")
     for name, number in counts.items():
@@ -288,4 +296,5 @@ def conclude(count: int, lacks: Counter[str], faults: Counter[str], damage: str 
 
 
 if __name__ == "__main__":
-    run_command(main, HubError, interrupted="nothing was changed")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for captions beyond the terminal's letters
+    run_command(main, interrupted="nothing was changed")

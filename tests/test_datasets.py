@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import download_images
+import download_shards
 import join_shards
 import pytest
 import verify_shards
@@ -79,6 +80,21 @@ def test_the_table_names_configs_that_exist_and_the_documentation_names_the_data
     }
 
 
+@pytest.mark.parametrize(
+    "main", [download_shards.main, download_images.main, join_shards.main, verify_shards.main]
+)
+def test_help_lists_the_data_sets_and_the_settings_of_their_folders(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in told.splitlines() if line.strip()}
+    for name, dataset in DATASETS.items():
+        assert rows[name][0] == dataset.repository, name
+    assert rows["datacompdr1b"][1] == "65,536" and rows["dfndr2b"][1:3] == ["unknown", "unknown"]
+    assert rows["dfndr12m"][-1] == "CC-BY-NC-ND"
+    assert any(setting.startswith("DFNDR2B_") for setting in rows)
+
+
 def test_bf16_sets_share_the_folders_and_the_config_of_their_float32_set():
     for name in ("datacompdr12m", "dfndr12m"):
         one, other = DATASETS[name], DATASETS[f"{name}-bf16"]
@@ -147,9 +163,12 @@ def test_captions_from_a_folder_of_their_own_come_first(folders, monkeypatch):
     assert read_samples(folders.output / NAME)[uid(0)]["txt"] == b"another caption"
 
 
-def test_the_join_says_which_part_no_shard_has_and_which_folder_is_missing(folders):
+def test_the_join_says_which_part_no_shard_has_and_which_folder_is_missing(folders, monkeypatch):
     folders.write(reinforcement(0, "txt"))
     with pytest.raises(SystemExit, match=r"holds a sample's caption: .*DFNDR12M_CAPTIONS_PATH"):
+        join_shards.main(["--dataset", "dfndr12m", "--workers", "1"])
+    monkeypatch.setenv("DFNDR12M_CAPTIONS_PATH", "nowhere")
+    with pytest.raises(SystemExit, match=r"no folder nowhere \(DFNDR12M_CAPTIONS_PATH\): make it"):
         join_shards.main(["--dataset", "dfndr12m", "--workers", "1"])
     shutil.rmtree(folders.images)
     with pytest.raises(

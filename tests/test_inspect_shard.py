@@ -132,6 +132,20 @@ def test_lists_that_training_is_to_use_are_found_or_the_keys_named(inspect):
     assert status == 1 and f"matches no key of syn.json; found {COCO}, {CONTEXT}" in told
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["x.tar", "--syn-text-key-regex", "["], "'[' is no regular expression"),
+        (["x.tar", "--samples", "0"], "expected at least 1"),
+        ([], "expected SHARD or --dataset"),
+    ],
+)
+def test_wrong_options_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit) as refused:
+        inspect_shard.main(options)
+    assert refused.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_is_read_and_printed_is_bounded(inspect, monkeypatch):
     key, members = joined(0)
     strange = {**members, "txt": b"\x1b[31m" + b"x" * 100_000, "meta.json": b"[" * 500 + b"]" * 500}

@@ -23,7 +23,7 @@ class Folder(NamedTuple):
     Attributes:
         setting: name of the environment variable.
         default: path below ``datasets/`` at the repository's root.
-        maker: the command that fills the folder, for messages.
+        maker: the command that fills the folder, for messages; empty: there is none.
         needed: ``unless empty``: a setting that is empty stands for no folder. ``if there``: also
             where the default folder does not exist.
     """
@@ -50,9 +50,8 @@ class Folder(NamedTuple):
             return path
         if not setting and self.needed == "if there":
             return None
-        raise SystemExit(
-            f"no folder {path} ({self.setting}): {self.maker} makes it, or set {self.setting}"
-        )
+        advice = f"{self.maker} makes it, or set" if self.maker else "make it, or unset"
+        raise SystemExit(f"no folder {path} ({self.setting}): {advice} {self.setting}")
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _dfndr(
         shards=shards,
         size=None,
         licence="CC-BY-NC-ND",
-        captions=Folder(captions, f"{title}-captions", "you", "if there"),
+        captions=Folder(captions, f"{title}-captions", "", "if there"),
         images=Folder(
             f"{setting}_IMAGES_PATH", f"{title}-images", f"{DOWNLOAD_IMAGES} --dataset {name}"
         ),

@@ -22,6 +22,10 @@ class HubError(Exception):
     """Why a file of the Hub cannot be read, in a line for people."""
 
 
+class LimitReached(Exception):
+    """More bytes of a shard were asked for than are read."""
+
+
 # --- errors ---------------------------------------------------------------------------------------
 def page_of(repo: str) -> str:
     return f"{re.sub('//.*@', '//', constants.ENDPOINT)}/datasets/{repo}"
@@ -139,9 +143,9 @@ def find_first_shard(repository: str) -> str:
 
 
 class Beginning:
-    """The first bytes of a file on the Hub, read forward as they come.
+    """The first bytes of a file, read forward as they come.
 
-    ``read`` raises HubError where more than ``limit`` bytes are asked for.
+    ``read`` raises LimitReached where more than ``limit`` bytes are needed.
     """
 
     def __init__(self, chunks: Iterator[bytes], limit: int) -> None:
@@ -153,7 +157,7 @@ class Beginning:
         while length < size and (chunk := next(self.chunks, b"")):
             self.left -= len(chunk)
             if self.left < 0:
-                raise HubError("longer than the bytes that are read of a shard")
+                raise LimitReached
             parts.append(chunk)
             length += len(chunk)
         data = b"".join(parts)
