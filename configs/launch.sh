@@ -35,6 +35,7 @@ SAMPLING=${SAMPLING:-with-replacement}  # or without-replacement: passes that ta
 MAX_SKIPPED_FRACTION=${MAX_SKIPPED_FRACTION:-} # fraction of bad samples at which a run stops
 DATASETS=${DATASETS:-}                  # folder of data sets; empty: datasets/ next to open_clip/
 IMAGENET_VAL=${IMAGENET_VAL-./imagenet_validation} # ImageNet's validation set; empty: no evaluation
+EVAL_DATA=${EVAL_DATA:-}                # held-out image-caption shards for the recall; empty: none
 ZEROSHOT_FREQUENCY=${ZEROSHOT_FREQUENCY:-1} # epochs between two evaluations
 SAVE_FREQUENCY=${SAVE_FREQUENCY:-1}     # epochs between two checkpoints
 SAVE_EVERY_N_STEPS=${SAVE_EVERY_N_STEPS:-0} # also save within epochs, to resume from; 0: do not
@@ -77,17 +78,22 @@ trainer=training
 # require_shards COMMAND: check that the first and last shard of DATA exist; COMMAND makes them.
 require_shards() {
     local absent
-    case $DATA in *://* | pipe:*) return ;; esac
-    absent=$("$PYTHON" - "$DATA" <<'PY'
+    absent=$(find_absent DATA)
+    [ -z "$absent" ] || obstacle "no training shard $absent (only the first and the last were" \
+        "checked): '$1' joins captions, images and reinforcements, or set DATA to your shards"
+}
+
+# find_absent SETTING: print the first or the last shard of a setting if it does not exist.
+find_absent() {
+    local shards=${!1}
+    case $shards in *://* | pipe:*) return ;; esac
+    "$PYTHON" - "$shards" <<'PY' || obstacle "cannot expand $1=$shards (Python's message is above)"
 import os, sys
 from braceexpand import braceexpand
 
 shards = [shard for part in sys.argv[1].split("::") for shard in braceexpand(part)]
 print(next((shard for shard in (shards[0], shards[-1]) if not os.path.isfile(shard)), ""))
 PY
-    ) || obstacle "cannot expand DATA=$DATA (Python's message is above)"
-    [ -z "$absent" ] || obstacle "no training shard $absent (only the first and the last were" \
-        "checked): '$1' joins captions, images and reinforcements, or set DATA to your shards"
 }
 
 # launch [TRAINER ARGUMENT …]: run the trainer; or print its command in a dry run.
@@ -157,6 +163,13 @@ launch() {
             "validation images of ImageNet (a folder for each class), or to nothing" \
             "(IMAGENET_VAL=) to train without zero-shot evaluation"
         args+=(--imagenet-val "$IMAGENET_VAL")
+    fi
+    if [ -n "$EVAL_DATA" ]; then
+        local absent
+        absent=$(find_absent EVAL_DATA)
+        [ -z "$absent" ] || obstacle "no shard $absent of EVAL_DATA=$EVAL_DATA: set it to held-out" \
+            "image-caption shards, or to nothing (EVAL_DATA=)"
+        args+=(--val-data "$EVAL_DATA")
     fi
     if [ -n "$REPORT_TO" ]; then
         [[ $REPORT_TO != *wandb* ]] || "$PYTHON" -c 'import wandb' 2>/dev/null ||

@@ -390,12 +390,9 @@ def format_report(evaluated: Sequence[Evaluated]) -> str:
     lines.append(f"{'model':<{width}}{'parameters':>13}{'ImageNet-1k':>16}{'average of 38':>16}")
     for name, parameters, imagenet, of_38 in (*ours, *theirs):
         lines.append(f"{name:<{width}}{parameters:>11.1f} M{imagenet:>16}{of_38:>16}")
-    missing = max(
-        (sum(key not in checkpoint.results for key in DATACOMP38) for checkpoint in evaluated),
-        default=0,
-    )
-    if missing > 0:
-        lines.append(f"\nNo average of 38 for lack of {missing} data sets: --suite datacomp38")
+    missing = max(len(DATACOMP38.keys() - checkpoint.results) for checkpoint in evaluated)
+    if missing:
+        lines.append(f"\nThe average of 38 needs {missing} more data sets: --suite datacomp38")
     return "\n".join(lines)
 
 

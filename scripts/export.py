@@ -62,7 +62,7 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CARD, RECORD = "README.md", "export.json"
 LOCAL_DIR = "3.0"  # of open_clip_torch, which loads local-dir:
 EXAMPLES = 16  # pictures and captions that the formats are compared on
-RUNS = 10  # whose median is the latency
+RUNS, SECONDS = 10, 3.0  # of a measurement, at most; the median is the latency
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 PACKAGES = ("torch", "open_clip_torch", "timm", *ONNX_PACKAGES, "coremltools")
 # Without data of their own, the formats are compared on 64 tiles of this image, 4 by 4 at a time.
@@ -369,12 +369,13 @@ def compare(written: Format, model: LoadedModel, examples: Examples) -> dict[str
 
 def measure(encode: Callable[[Tensor], Tensor], batch: Tensor) -> float:
     """Median time of an encoder in milliseconds."""
-    taken = []
-    for _ in range(RUNS + 2):
+    taken: list[float] = []
+    encode(batch)  # warms up
+    while len(taken) < RUNS and sum(taken) < SECONDS:
         start = time.perf_counter()
         encode(batch)
-        taken.append(1000 * (time.perf_counter() - start))
-    return statistics.median(taken[2:])  # the first ones warm up
+        taken.append(time.perf_counter() - start)
+    return 1000 * statistics.median(taken)
 
 
 def size_of(path: Path) -> int:

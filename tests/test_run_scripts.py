@@ -238,6 +238,7 @@ def test_loss_weights_of_the_1b_recipe_are_those_published_for_the_model(tree, m
         ({"NUM_GPUS": "16"}, "needs 16 GPUs a node, and this machine has 8"),
         ({"GLOBAL_BATCH": "100"}, "GLOBAL_BATCH=100 is not a multiple of 32"),
         ({"IMAGENET_VAL": "nowhere"}, "no folder IMAGENET_VAL=nowhere"),
+        ({"EVAL_DATA": "held_out/{0..1}.tar"}, "no shard held_out/0.tar of EVAL_DATA=held_out/"),
         ({"DATASETS": "nowhere"}, "no training shard nowhere/DataCompDR-12M/shards/00000000.tar"),
         ({"DATASETS": "nowhere"}, "scripts/join_datacompdr12m.sh"),
         ({"DATA": "other/{0..3}.tar"}, "no training shard other/0.tar"),

@@ -84,9 +84,8 @@ def test_two_processes_train_with_reinforcements_and_validate_without(
     tree, config, shards, accum_freq, tmp_path
 ):
     first = shards.replace("{00000000..00000003}", "00000000")
-    given = {"DISTILL_LOSS_WEIGHTS": "0.25 0.75", "ACCUM_FREQ": accum_freq}
-    environ = settings(tree, config, shards, tmp_path, **given)
-    done = train(tree, environ, "--val-data", first, "--val-num-samples", "24")
+    given = {"DISTILL_LOSS_WEIGHTS": "0.25 0.75", "ACCUM_FREQ": accum_freq, "EVAL_DATA": first}
+    done = train(tree, settings(tree, config, shards, tmp_path, **given))
     assert done.returncode == 0, done.stderr[-3000:]
     text = log(tmp_path)
     assert (
@@ -96,7 +95,11 @@ def test_two_processes_train_with_reinforcements_and_validate_without(
     for name in ("epoch_1.pt", "epoch_2.pt", "epoch_latest.pt"):
         assert state(tmp_path / "run" / "checkpoints" / name)["optimizer"]
     lines = (tmp_path / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["num_samples"] for line in lines] == [24, 24]
+    evaluated = [json.loads(line) for line in lines]
+    assert [found["num_samples"] for found in evaluated] == [24, 24]
+    for direction in ("image_to_text", "text_to_image"):
+        for found in evaluated:
+            assert 0 <= found[f"{direction}_R@1"] <= found[f"{direction}_R@5"] <= 1
 
 
 def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, tmp_path):
