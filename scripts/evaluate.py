@@ -71,6 +71,13 @@ from dr.tar import Members, read_samples
 CLASSIFICATION, RETRIEVAL_TASK = "zeroshot_classification", "zeroshot_retrieval"
 READ_MEMBERS = (*IMAGE_MEMBERS, "txt", "cls", "npy")
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+OURS = "#d1601f"
+# Families of published models in the figure: colour, and where the names of the models are.
+FAMILIES = {
+    "MobileCLIP-": ("#2a6fb0", "left", "top"),
+    "MobileCLIP2-": ("#3a8a5c", "right", "bottom"),
+    "ViT-B/16 on DataCompDR-12M": ("#8b5aa8", "left", "top"),
+}
 REPLICATES = 200  # of the bootstrap
 WINOGAVIL_REVISION = "refs/convert/parquet"  # the Hub's own conversion
 
@@ -191,10 +198,13 @@ class WebDataset(IterableDataset):
 
 def decode_rgb(data: bytes) -> Image.Image:
     """An image as clip-benchmark decodes it: transparency is dropped, not composited."""
-    img = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    if img.width * img.height > MAX_PIXELS:
-        raise ValueError(f"an image of {img.width}x{img.height}, at most {MAX_PIXELS} pixels")
-    return img.convert("RGB")
+    try:
+        img = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if img.width * img.height > MAX_PIXELS:
+            raise ValueError(f"{img.width}x{img.height}, at most {MAX_PIXELS} pixels are taken")
+        return img.convert("RGB")
+    except Exception as error:  # Pillow raises nearly anything on a broken file
+        raise ValueError(f"undecodable image: {error}") from error
 
 
 def stack_samples(batch: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, Any]:
@@ -396,6 +406,34 @@ def format_report(evaluated: Sequence[Evaluated]) -> str:
     return "\n".join(lines)
 
 
+def draw_published(axis: Any, index: int) -> None:
+    """Draw the published models, a curve for each family.
+
+    Args:
+        axis: Matplotlib's.
+        index: of the result in :class:`Published`.
+    """
+    for family, (color, horizontal, vertical) in FAMILIES.items():
+        models = [
+            model
+            for model in PUBLISHED
+            if model.name.startswith(family) and model[index] is not None
+        ]
+        if not models:
+            continue
+        models.sort(key=lambda model: model.parameters)
+        sizes, values = zip(*((model.parameters, model[index]) for model in models), strict=True)
+        label = family.rstrip("-")
+        axis.plot(sizes, values, color=color, marker="o", markersize=5, linewidth=1, label=label)
+        for model in models:
+            is_largest = len(models) > 1 and model == models[-1]
+            side = "left" if is_largest else horizontal  # the last two have nearly the same size
+            place = (model.parameters, model[index])
+            name = model.name.removeprefix(family)
+            axis.annotate(name, place, fontsize=8, color=color, ha=side, va=vertical)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+
+
 def draw_report(evaluated: Sequence[Evaluated], suite: Sequence[str], path: Path) -> None:
     """Draw accuracy against parameters; of several checkpoints also the learning curve."""
     import matplotlib
@@ -418,20 +456,14 @@ def draw_report(evaluated: Sequence[Evaluated], suite: Sequence[str], path: Path
     )
     for axis, (title, keys, index) in zip(axes[0], panels, strict=False):
         if index is not None:
-            theirs = [model for model in PUBLISHED if model[index] is not None]
-            axis.scatter(
-                [m.parameters for m in theirs], [m[index] for m in theirs], color="#888888"
-            )
-            for model in theirs:
-                axis.annotate(
-                    model.name, (model.parameters, model[index]), fontsize=7, color="#555555"
-                )
+            draw_published(axis, index)
         for checkpoint in evaluated:
             if score := average(checkpoint.results, keys):
                 mean, error = 100 * score[0], 100 * score[1]
-                axis.errorbar(checkpoint.parameters, mean, error, color="#d1601f", marker="o")
+                axis.errorbar(checkpoint.parameters, mean, error, color=OURS, marker="o")
                 axis.annotate(checkpoint.name, (checkpoint.parameters, mean), fontsize=8)
         axis.set_xscale("log")
+        axis.margins(0.12)
         axis.set_xlabel("parameters of both encoders [millions]")
         axis.set_ylabel("[%]")
         axis.set_title(title, loc="left", fontsize=11)
@@ -440,7 +472,9 @@ def draw_report(evaluated: Sequence[Evaluated], suite: Sequence[str], path: Path
         points = [(c.name, average(c.results, keys)) for c in evaluated]
         means = [100 * score[0] for _, score in points if score]
         errors = [100 * score[1] for _, score in points if score]
-        axis.errorbar([name for name, score in points if score], means, errors, marker="o")
+        axis.errorbar(
+            [name for name, score in points if score], means, errors, color=OURS, marker="o"
+        )
         axis.tick_params(axis="x", rotation=30, labelsize=8)
         axis.set_ylabel("[%]")
         axis.set_title(f"learning curve: {title}", loc="left", fontsize=11)

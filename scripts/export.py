@@ -62,10 +62,11 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CARD, RECORD = "README.md", "export.json"
 LOCAL_DIR = "3.0"  # of open_clip_torch, which loads local-dir:
 EXAMPLES = 16  # pictures and captions that the formats are compared on
+MIN_HALVED = 256  # numbers of a weight that --fp16 stores in half precision
 RUNS, SECONDS = 10, 3.0  # of a measurement, at most; the median is the latency
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 PACKAGES = ("torch", "open_clip_torch", "timm", *ONNX_PACKAGES, "coremltools")
-# Without data of their own, the formats are compared on 64 tiles of this image, 4 by 4 at a time.
+# Where the run has no data on this machine, the formats are compared on tiles of this picture.
 PICTURES = ROOT / "docs" / "sample.png"
 CAPTIONS = (
     *("a photo of a dog", "a photo of a cat", "two people at a table", "a red car on a road"),
@@ -129,26 +130,25 @@ class Format(NamedTuple):
 
 # --- encoders -------------------------------------------------------------------------------------
 class ImageEncoder(nn.Module):
-    """A model's image encoder, to embeddings of unit length in float32."""
+    """A model's image encoder, to embeddings of unit length."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        dtype = next(self.model.visual.parameters()).dtype
-        return F.normalize(self.model.encode_image(image.to(dtype)).float(), dim=-1)
+        return F.normalize(self.model.encode_image(image), dim=-1)
 
 
 class TextEncoder(nn.Module):
-    """A model's text encoder, to embeddings of unit length in float32."""
+    """A model's text encoder, to embeddings of unit length."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, text: Tensor) -> Tensor:
-        return F.normalize(self.model.encode_text(text).float(), dim=-1)
+        return F.normalize(self.model.encode_text(text), dim=-1)
 
 
 def encode_with(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -238,22 +238,41 @@ def load_openclip(model: LoadedModel, folder: Path) -> Any:
     return copy.eval()
 
 
-def prepare_encoders(model: LoadedModel, half: bool) -> tuple[ImageEncoder, TextEncoder]:
-    """The encoders for inference: folded, and with --fp16 in half precision."""
+def fold_encoders(model: LoadedModel) -> tuple[ImageEncoder, TextEncoder]:
+    """The encoders for inference, with folded blocks."""
     folded = reparameterize_model(model.model)  # a copy
-    if half:
-        folded = folded.half()
     return ImageEncoder(folded).eval(), TextEncoder(folded).eval()
+
+
+def halve_weights(graph: Any) -> None:
+    """Store the weights of an ONNX graph in float16; they are cast to float32 when it is loaded.
+
+    A graph that computes in float16 is slower on CPUs, and onnxruntime 1.32 crashes on some.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for weight in graph.initializer:
+        values = numpy_helper.to_array(weight)
+        if weight.data_type != TensorProto.FLOAT or values.size < MIN_HALVED:
+            continue
+        name = weight.name
+        weight.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}_float16"))
+        casts.append(helper.make_node("Cast", [weight.name], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def write_onnx(model: LoadedModel, examples: Examples, folder: Path, half: bool) -> Format:
     """Write both encoders with onnxscript, and load them with onnxruntime."""
+    import onnx
     import onnxruntime
 
     inputs = {"image": examples.images[:2], "text": examples.tokens[:2]}
     preprocessing = {name: str(value) for name, value in model.preprocessing.items()}
     run = {}
-    for encoder, (kind, example) in zip(prepare_encoders(model, half), inputs.items(), strict=True):
+    for encoder, (kind, example) in zip(fold_encoders(model), inputs.items(), strict=True):
         with warnings.catch_warnings():  # of torch, about its own code
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -267,8 +286,11 @@ def write_onnx(model: LoadedModel, examples: Examples, folder: Path, half: bool)
             )
         if kind == "image":
             program.model.metadata_props.update(preprocessing)
+        proto = program.model_proto
+        if half:
+            halve_weights(proto.graph)
         path = folder / f"{kind}_encoder.onnx"
-        program.save(str(path), external_data=False)
+        onnx.save(proto, str(path))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         options.intra_op_num_threads = torch.get_num_threads()  # as the other formats
@@ -293,9 +315,7 @@ def write_coreml(model: LoadedModel, examples: Examples, folder: Path, half: boo
     precision = coremltools.precision.FLOAT16 if half else coremltools.precision.FLOAT32
     inputs = {"image": examples.images[:1], "text": examples.tokens[:1].int()}
     run = {}
-    for encoder, (kind, example) in zip(
-        prepare_encoders(model, False), inputs.items(), strict=True
-    ):
+    for encoder, (kind, example) in zip(fold_encoders(model), inputs.items(), strict=True):
         with torch.inference_mode():
             traced = torch.jit.trace(encoder, example)
         dtype = np.float32 if kind == "image" else np.int32

@@ -12,7 +12,7 @@
 #
 # --caption-noise P  Replace each of the students' captions with probability P by what captions of
 #                    web images look like. Default 0.6; 0 leaves all captions clean.
-# --fast             Run the same steps in about a minute and a half; the models learn nothing.
+# --fast             Run the same steps in about two minutes; the models learn nothing.
 #
 # It writes to quickstart/ (with --fast: quickstart/fast/): results.json, learning_curves.png,
 # augmentations.png, a log file for each step, logs/, datasets/, model/. Run again, it continues where it

@@ -105,6 +105,22 @@ def test_openclip_loads_the_folder_and_onnxruntime_agrees_for_any_batch(exported
 
 
 @pytest.mark.slow
+def test_half_precision_halves_the_file_and_nearly_keeps_the_embeddings(exported, tmp_path):
+    import onnx
+    import onnxruntime
+
+    whole, half = exported[0] / "text_encoder.onnx", tmp_path / "half.onnx"
+    proto = onnx.load(whole)
+    export.halve_weights(proto.graph)
+    onnx.checker.check_model(proto)
+    onnx.save(proto, half)
+    assert half.stat().st_size < 0.52 * whole.stat().st_size
+    tokens = {"text": open_clip.get_tokenizer("tiny_vit")(["a dog", "a cat", "a bird"]).numpy()}
+    one, other = (onnxruntime.InferenceSession(path).run(None, tokens)[0] for path in (whole, half))
+    assert 0 < np.abs(one - other).max() < 1e-2
+
+
+@pytest.mark.slow
 def test_the_table_and_the_record_have_every_format(exported):
     folder, printed = exported
     rows = json.loads((folder / "export.json").read_text())["rows"]
