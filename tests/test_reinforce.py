@@ -260,7 +260,10 @@ def test_captions_files_are_read_however_they_were_written(tmp_path):
     (tmp_path / "number.jsonl").write_text(
         '{"uid": 17, "syn_text": []}\n{"uid": "18", "syn_text": [" "]}'
     )
-    assert read_synthetic_captions(tmp_path / "number.jsonl") == ({"17": {KEY: []}, "18": {KEY: []}}, 1)
+    assert read_synthetic_captions(tmp_path / "number.jsonl") == (
+        {"17": {KEY: []}, "18": {KEY: []}},
+        1,
+    )
 
 
 WRONG_LINES = {

@@ -93,6 +93,19 @@ def find_captions(folder: Path, shard: str) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
+def has_captions(path: Path, key: str) -> bool:
+    """Whether the first line of a file has captions under a key.
+
+    Raises:
+        ShardError: the line is wrong.
+    """
+    try:
+        parsed = next(filter(None, map(_parse_line, _read_lines(path))), None)
+    except LineError as error:
+        raise ShardError(f"{path}: the first line: {error}") from None
+    return parsed is not None and key in parsed[1]
+
+
 def read_synthetic_captions(path: Path) -> tuple[Captions, int]:
     """As :func:`read_captions`, but with SystemExit."""
     try:
