@@ -4,6 +4,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TypeVar
+
+Shard = TypeVar("Shard")  # a name, or whatever stands for a shard
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -27,9 +30,9 @@ def check_task(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         )
 
 
-def select_share(names: Sequence[str], index: int, count: int) -> Sequence[str]:
-    """The names of a task: neighbours, so that they are in few folders."""
-    return names[len(names) * index // count : len(names) * (index + 1) // count]
+def select_share(shards: Sequence[Shard], index: int, count: int) -> Sequence[Shard]:
+    """The shards of a task: neighbours, so that they are in few folders."""
+    return shards[len(shards) * index // count : len(shards) * (index + 1) // count]
 
 
 def wait_for_other_ranks() -> None:
