@@ -148,11 +148,11 @@ def test_tables_give_the_same_samples_as_their_pictures(pictures, tmp_path):
     for name in ("t.csv", "bytes.parquet", "datasets.parquet"):
         more = ["--images", pictures] if name == "t.csv" else []
         output = tmp_path / f"out-{name}"
-        make(tmp_path / name, output, "--samples", 4, *options, *more)
+        make(tmp_path / name, output, "--samples", 5, *options, *more)
         shards = read_all(output)
         assert [list(samples) for samples in shards.values()] == [
-            [key for *_, key in rows[:4]],
-            [key for *_, key in rows[4:]],
+            [key for *_, key in rows[:5]],
+            [key for *_, key in rows[5:]],
         ]
         made.append([m for samples in shards.values() for m in samples.values()])
         assert set(read_bad(output)) == {f"{name}, row 7", f"{name}, row 8"}
