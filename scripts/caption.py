@@ -25,6 +25,8 @@ Under torchrun the ranks share the shards; several machines can share them by --
 shards are skipped. `caption.json` in the output folder records the settings of each key.
 
 Memory: besides the model, one batch of images, and for each of its captions the image's tokens.
+
+Another script, scripts/caption_shards.py, looks up the original captions of DataCompDR-1B.
 """
 
 import argparse

@@ -67,12 +67,21 @@ class Teacher:
             float32 ``[N, D]`` and ``[C, D]``, on the CPU.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            normalized = to_normalized(images.to(self.device), self.statistics).to(self.dtype)
+            normalized = to_normalized(self._to_floats(images), self.statistics).to(self.dtype)
             tokens = self.tokenizer(list(captions)).to(self.device)
             image_emb = self.model.encode_image(normalized, normalize=False)
             text_emb = self.model.encode_text(tokens, normalize=False)
         # In float32: bfloat16 would give lengths of 0.995 to 1.005.
         return normalize(image_emb.float()).cpu(), normalize(text_emb.float()).cpu()
+
+    def _to_floats(self, images: torch.Tensor) -> torch.Tensor:
+        """Images as float32 ``[N, 3, H, W]`` on the device, with torchvision's bits."""
+        images = images.to(self.device)
+        if images.dtype == torch.uint8:
+            images = images.permute(0, 3, 1, 2).contiguous().float()
+            # By a tensor: GPUs multiply by the reciprocal of a number, which rounds differently.
+            images = images / torch.tensor(255.0, device=self.device)
+        return images
 
     def measure_dimension(self) -> int:
         """The width D of its embeddings."""
