@@ -223,8 +223,8 @@ def make_sample(row: Row, max_side: int) -> tuple[str, dict[str, bytes]]:
         raise BadSample(str(error)) from error
     if len(os.fsencode(f"{uid}.paug.json")) > MAX_NAME:
         raise BadSample(f"a name of over {MAX_NAME} bytes")
-    caption = read_caption(row.caption)
     extension, image = read_image(row.image, max_side)
+    caption = read_caption(row.caption)
     about = {"uid": uid, "sha256": hashlib.sha256(image).hexdigest(), "source": row.source}
     return uid, {extension: image, "txt": caption.encode(), "json": json.dumps(about).encode()}
 
