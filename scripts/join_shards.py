@@ -90,6 +90,7 @@ from lib.shards import (
     strip_name,
 )
 from lib.tar_writer import write_tar
+from lib.tasks import add_task_options, check_task, select_share
 from tqdm import tqdm
 
 from dr.tar import (
@@ -481,7 +482,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=describe_datasets("captions", "images", "reinforcements", "joined"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, slurm = parser.add_argument, os.environ.get
+    add = parser.add_argument
     source: dict[str, Any] = {"dest": "sources", "action": "append", "metavar": "DIR|PATTERN"}
     text = "join the folders of this data set; further sources come after them"
     add_dataset_option(parser, text)
@@ -507,11 +508,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--embeddings", choices=["bf16"], help="rewrite npz as pth.gz in bfloat16; default: copy")
     add("--recheck", action="store_true", help="read finished shards, join damaged ones again")
     add("--index-only", action="store_true", help="only update the index of unaligned sources")
-    index = int(slurm("SLURM_ARRAY_TASK_ID", 0)) - int(slurm("SLURM_ARRAY_TASK_MIN", 0))
-    text = "number of this task, 0 to N - 1; default: Slurm's, or 0"
-    add("--task-index", type=int, default=index, metavar="I", help=text)
-    count, text = int(slurm("SLURM_ARRAY_TASK_COUNT", 1)), "number of tasks; default: Slurm's, or 1"
-    add("--task-count", type=int, default=count, metavar="N", help=text)
+    add_task_options(parser)
     add("--report", action="store_true", help="only merge the reports of the tasks")
     args = parser.parse_args(arguments)
     args.require = [] if args.keep_incomplete else [p.strip() for p in args.require.split(",")]
@@ -521,11 +518,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.workers < 1:
         parser.error("--workers: expected at least 1")
-    if not 0 <= args.task_index < args.task_count:
-        parser.error(
-            f"--task-index {args.task_index} --task-count {args.task_count}: expected an index of "
-            "0 to count - 1"
-        )
+    check_task(parser, args)
     if args.dataset:
         args.output = args.output or DATASETS[args.dataset].joined.path()
     elif not args.output:
@@ -639,11 +632,6 @@ def check_parts(
         lines.append(f"there are {printable(unknown, 1000)}")
     if lines:
         raise SystemExit("\n".join(lines))
-
-
-def select_share(names: Sequence[str], index: int, count: int) -> Sequence[str]:
-    """The names of a task: neighbours, so that they are in few folders."""
-    return names[len(names) * index // count : len(names) * (index + 1) // count]
 
 
 def join_all(

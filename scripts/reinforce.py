@@ -1,28 +1,41 @@
 """Reinforce a data set: store teachers' embeddings of each sample's augmented images and captions.
 
     python scripts/reinforce.py --input 'DIR/{00000000..00001023}.tar' --output DIR \\
-        --config configs/datacompdr12m.json --synthetic-captions captions.jsonl
+        --config configs/datacompdr12m.json --synthetic-captions captions
 
-The script reads image-caption shards, as `scripts/join_shards.py --require image,caption` makes
-them. For each it writes one reinforcement shard of the same name, with the members of DataCompDR:
-`<uid>.url.txt` (if the sample has it), `.syn.json`, `.paug.json`, `.npz` (or `.pth.gz`, in
-bfloat16), and `.json` with the image's sha256.
+The script reads image-caption shards, as `scripts/make_shards.py` and `scripts/join_shards.py
+--require image,caption` make them. For each it writes one reinforcement shard of the same name,
+with the members of DataCompDR: `<uid>.url.txt` (if the sample has it), `.syn.json`, `.paug.json`,
+`.npz` (or `.pth.gz`, in bfloat16), and `.json` with the image's sha256.
 
 The config names the teachers (`model_name` and `pretrained`, separated by commas: OpenCLIP model
-names or model config files; OpenCLIP tags or checkpoint files), the number of augmentations
-(`num_samples`), and the augmentation. Synthetic captions are lines of JSON:
-`{"uid": …, "syn_text": [str, …]}`. Teachers run in float32 unless --precision says otherwise.
+names or model config files; OpenCLIP tags or checkpoint files, which are empty for a model name
+`hf-hub:…`), the number of augmentations (`num_samples`), and the augmentation. Each augmentation is
+sampled once. A teacher whose input size or interpolation is another than the config's gets it
+applied again at its own, with its own normalisation, as students do in training. Teachers run in
+float32 unless --precision says otherwise. `reinforce.json` in the output folder records the
+settings, and of each teacher its preprocessing, width, and learned logit scale and bias.
+
+Synthetic captions are lines of JSON: `{"uid": …, "syn_text": [str, …]}`, in one file, which is kept
+in memory, or in a folder with a file `<shard>.jsonl` for each shard, as `scripts/caption.py` writes
+them. Several captioners have several keys, which start with `syn_text`. Captions under the only key
+`syn_text` are stored as in DataCompDR, all others as in DFNDR.
 
 These samples are skipped and counted by reason: samples that lack an image, a caption or synthetic
 captions, or whose image, json or uid cannot be used. Blank synthetic captions are not stored. A
-shard fails, with an error message of one line, if it is damaged or cut off, or if all its samples
-are skipped. The other shards are reinforced, and the exit status is 1.
+shard fails, with an error message of one line, if it is damaged or cut off, if its captions are, or
+if all its samples are skipped. The other shards are reinforced, and the exit status is 1.
 
-Under torchrun the ranks share the shards. A shard gets its name when it is complete, so the command
-can be run again: finished shards are skipped. The augmentations of a sample depend only on --seed
-and its uid.
+Under torchrun the ranks share the shards; several machines can share them by --task-index and
+--task-count. A shard gets its name when it is complete, so the command can be run again: finished
+shards are skipped. The augmentations of a sample depend only on --seed and its uid.
 
-The script does not make synthetic captions, and downloads nothing but OpenCLIP's own weights.
+Memory: besides the teachers, one batch: at most --batch-size plus `num_samples` augmented images of
+each input size, as bytes and, of one teacher at a time, as floats; and the captions of their
+samples. Each worker adds two samples.
+
+The script does not make synthetic captions (scripts/caption.py does), and downloads nothing but
+OpenCLIP's own weights.
 """
 
 import argparse
@@ -32,33 +45,30 @@ import io
 import json
 import os
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from lib.captions import read_synthetic_captions
+from lib.captions import KEY, Captions, SyntheticCaptions
 from lib.config import ReinforcementConfig, read_config
-from lib.publish import publish, publish_json, remove_leftovers
-from lib.report import printable, run_command
-from lib.shards import (
-    FORBIDDEN_NAME,
-    MAX_NAME,
-    ShardError,
-    expand_braces,
-    is_forbidden,
-    parse_json_object,
-    parse_uid,
-    strip_name,
+from lib.dataset import (
+    Sample,
+    ShardSamples,
+    find_shards,
+    no_sample_left,
+    process_shards,
+    skip_bad_samples,
 )
+from lib.publish import hash_file, publish, publish_json, remove_leftovers
+from lib.report import run_command
+from lib.shards import ShardError
 from lib.tar_writer import write_tar
-from lib.teachers import Teacher
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from lib.tasks import RANK, WORLD_SIZE, add_task_options, check_task, select_share
+from lib.teachers import Teacher, adapt_crops, to_bytes
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dr.sample import (
@@ -67,95 +77,73 @@ from dr.sample import (
     BadSample,
     bound_caption,
     caption,
-    check_members,
     decode_image,
     first_member,
 )
-from dr.tar import Members, read_samples
+from dr.tar import Members
 from dr.transforms import Compose
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SETTINGS = "reinforce.json"  # in the output folder: how its shards were made
-READ_MEMBERS = (*IMAGE_MEMBERS, "txt", "json", "url.txt")
-
-Sample = dict[str, Any]  # as AugmentedShard yields it
 
 
-class AugmentedShard(IterableDataset):
-    """The samples of a shard with their augmentations, in order, for any number of workers.
+class Augmenter:
+    """Samples the augmentations of a sample, and applies them.
 
     Args:
-        shard: path of the tar.
-        compose: the augmentation, without normalisation.
+        compose, crops: the augmentation, as it is and as each teacher sees it; see
+            :func:`lib.teachers.adapt_crops`.
         augmentations: number for each sample.
-        synthetic: synthetic captions by uid.
+        captions: synthetic captions by uid.
         seed: of the augmentations.
     """
 
     def __init__(
         self,
-        shard: str,
         compose: Compose,
+        crops: Sequence[Compose],
         augmentations: int,
-        synthetic: dict[str, list[str]],
+        captions: Captions,
         seed: int,
     ) -> None:
-        self.shard, self.compose, self.augmentations = shard, compose, augmentations
-        self.synthetic, self.seed = synthetic, seed
+        self.compose, self.augmentations = compose, augmentations
+        self.captions, self.seed = captions, seed
+        self.crops = list(dict.fromkeys(crops))  # each once
 
-    def __iter__(self) -> Iterator[Sample]:
-        """Yield samples; or ``skipped``, why one cannot be used; or ``damage``, of the tar."""
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        try:
-            with open(self.shard, "rb") as file:
-                samples = read_samples(file, READ_MEMBERS.__contains__, whole=True)
-                for index, (key, members) in enumerate(samples):
-                    if index % step == first:
-                        try:
-                            yield self.augment(key, members)
-                        except BadSample as error:
-                            yield {"uid": key, "skipped": error.reason, "detail": str(error)}
-        except (tarfile.TarError, OSError) as error:  # a worker would add its traceback
-            yield {"damage": str(error)}
-
-    def augment(self, key: str, members: Members[bytes]) -> Sample:
-        """Sample the augmentations of a sample, and apply them.
+    def __call__(self, uid: str, members: Members[bytes], about: dict[str, Any]) -> Sample:
+        """The parts of a sample's reinforcements, and ``images``, one tensor for each crop.
 
         Raises:
-            BadSample: it lacks something, or has something unreadable.
+            BadSample: it lacks synthetic captions, or its image or caption is unreadable.
         """
-        check_members(members, PLAIN_MEMBERS)
-        try:
-            about = parse_json_object(members.get("json", b"{}"))
-        except (ValueError, RecursionError) as error:
-            raise BadSample("unreadable json", error) from error
-        try:
-            if is_forbidden(strip_name(key)):
-                raise ValueError(FORBIDDEN_NAME)
-            uid = parse_uid(about.get("uid", strip_name(key)))
-        except ValueError as error:
-            raise BadSample(str(error)) from error
-        if len(os.fsencode(f"{uid}.paug.json")) > MAX_NAME:
-            raise BadSample(f"a name of over {MAX_NAME} bytes")
-        if uid not in self.synthetic:
+        if uid not in self.captions:
             raise BadSample("no synthetic captions")
-        synthetic = [bound_caption(text) for text in self.synthetic[uid]]
-        if not synthetic:
+        lists = {
+            key: [bound_caption(text) for text in texts]
+            for key, texts in self.captions[uid].items()
+            if texts
+        }
+        if not lists:
             raise BadSample("no usable synthetic caption", "the list is empty, or all are blank")
         sha256 = about.get("sha256")
         _, image = first_member(members, IMAGE_MEMBERS)
         img = decode_image(members)
         digest = hashlib.sha256(f"{self.seed} {uid}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        augmented = [self.compose(img) for _ in range(self.augmentations)]
+        sampled = [self.compose(img) for _ in range(self.augmentations)]
+        params = [params for _, params in sampled]
+        images = [
+            [augmented for augmented, _ in sampled]
+            if crop is self.compose
+            else [crop.reapply(img, stored)[0] for stored in params]
+            for crop in self.crops
+        ]
         return {
-            "uid": uid,
             "sha256": sha256 if isinstance(sha256, str) else hashlib.sha256(image).hexdigest(),
             "url": members.get("url.txt"),
-            "images": torch.stack([image for image, _ in augmented]),
-            "params": [self.compose.compress(params) for _, params in augmented],
-            "captions": [caption(members), *synthetic],
+            "images": [torch.stack(list(map(to_bytes, views))) for views in images],
+            "params": [self.compose.compress(stored) for stored in params],
+            "captions": [caption(members)],
+            "synthetic": lists,
         }
 
 
@@ -165,16 +153,21 @@ def encode_members(
     """The members of a sample of a reinforcement shard, by extension.
 
     Args:
-        sample: as :class:`AugmentedShard` yields it.
+        sample: as :class:`Augmenter` makes it.
         image_emb: ``[A, ΣD_k]``.
         text_emb: ``[1 + S, ΣD_k]``.
         as_bf16: whether to store bfloat16.
     """
+    lists: dict[str, list[str]] = sample["synthetic"]
     embeddings = {"image_emb": image_emb, "text_emb": text_emb}
+    if list(lists) != [KEY]:  # DFNDR's layout
+        originals, *parts = text_emb.split([1, *map(len, lists.values())])
+        embeddings["text_emb"] = originals
+        embeddings |= {f"{key}_emb": part for key, part in zip(lists, parts, strict=True)}
     stream, members = io.BytesIO(), dict[str, bytes]()
     if sample["url"]:
         members["url.txt"] = sample["url"]
-    members["syn.json"] = json.dumps({"syn_text": sample["captions"][1:]}).encode()
+    members["syn.json"] = json.dumps(lists).encode()
     members["paug.json"] = json.dumps({"param_aug": sample["params"]}).encode()
     if as_bf16:
         torch.save({name: rows.to(torch.bfloat16) for name, rows in embeddings.items()}, stream)
@@ -192,7 +185,7 @@ def make_batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]
     images = 0
     for sample in samples:
         batch.append(sample)
-        images += len(sample["images"])
+        images += len(sample["params"])
         if images >= size:
             yield batch
             batch, images = [], 0
@@ -200,122 +193,113 @@ def make_batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]
         yield batch
 
 
-def skip_bad_samples(
-    samples: Iterable[Sample], shard: str, skipped: Counter[str]
-) -> Iterator[Sample]:
-    """Yield the usable samples, and count the others; raises ShardError if the shard is damaged."""
-    seen = set[str]()
-    for sample in samples:
-        if "damage" in sample:
-            raise ShardError(f"not a whole tar: {sample['damage']}")
-        if "skipped" not in sample and sample["uid"] in seen:
-            reason = "a uid twice in one shard"
-            sample = {"uid": sample["uid"], "skipped": reason, "detail": reason}
-        if "skipped" in sample:
-            skipped[sample["skipped"]] += 1
-            uid, detail = printable(sample["uid"]), printable(sample["detail"], 1000)
-            print(f"warning: skipped sample {uid} of {shard}: {detail}", file=sys.stderr)
-        else:
-            seen.add(sample["uid"])
-            yield sample
-
-
 def embed_samples(
-    samples: Iterable[Sample], teachers: Sequence[Teacher], batch_size: int, as_bf16: bool
+    samples: Iterable[Sample],
+    teachers: Sequence[Teacher],
+    views: Sequence[int],
+    batch_size: int,
+    as_bf16: bool,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield ``(uid, members)`` of the samples of a reinforcement shard."""
-    for batch in make_batches(samples, batch_size):
-        images = torch.cat([sample["images"] for sample in batch])
-        captions = [text for sample in batch for text in sample["captions"]]
-        embedded = [teacher.embed(images, captions) for teacher in teachers]
-        image_emb = torch.cat([image_rows for image_rows, _ in embedded], dim=1)
-        text_emb = torch.cat([text_rows for _, text_rows in embedded], dim=1)
-        image_parts = image_emb.split([len(sample["images"]) for sample in batch])
-        text_parts = text_emb.split([len(sample["captions"]) for sample in batch])
+    """Yield ``(uid, members)`` of the samples of a reinforcement shard.
+
+    Args:
+        samples: as :class:`Augmenter` makes them.
+        teachers: K of them.
+        views: which of a sample's ``images`` each teacher takes.
+        batch_size: augmented images to embed at a time.
+        as_bf16: whether to store bfloat16.
+    """
+    for number, batch in enumerate(make_batches(samples, batch_size)):
+        captions = [
+            text
+            for sample in batch
+            for texts in (sample["captions"], *sample["synthetic"].values())
+            for text in texts
+        ]
+        parts = []
+        for teacher, view in zip(teachers, views, strict=True):
+            images = torch.cat([sample["images"][view] for sample in batch])
+            embedded = teacher.embed(images, captions)
+            if number == 0:
+                teacher.check_batch(images, captions, *embedded)
+            parts.append(embedded)
+        image_emb, text_emb = (torch.cat(rows, dim=1) for rows in zip(*parts, strict=True))
+        image_parts = image_emb.split([len(sample["params"]) for sample in batch])
+        text_parts = text_emb.split(
+            [1 + sum(map(len, sample["synthetic"].values())) for sample in batch]
+        )
         for sample, image_rows, text_rows in zip(batch, image_parts, text_parts, strict=True):
             yield sample["uid"], encode_members(sample, image_rows, text_rows, as_bf16)
 
 
 def reinforce_shard(
-    dataset: AugmentedShard,
-    output: Path,
+    shard: str,
+    augmenter: Augmenter,
     teachers: Sequence[Teacher],
+    views: Sequence[int],
     args: argparse.Namespace,
     skipped: Counter[str],
-) -> int:
-    """Write one shard, and count the skipped samples by reason; returns how many were written.
+    bar: tqdm,
+) -> tuple[int, set[str]]:
+    """Write one shard, and count the skipped samples by reason.
+
+    Args:
+        shard: path of the image-caption shard.
+        augmenter: with the captions of the shard.
+        teachers, views: see :func:`embed_samples`.
+        args: of the command.
+        skipped: receives the counts.
+        bar: advances by the bytes read.
+
+    Returns:
+        how many samples were written, and the uids of all that were read.
 
     Raises:
         ShardError: the shard is damaged, or no sample is left. Nothing was written.
     """
-    lost = Counter[str]()
+    dataset = ShardSamples(shard, PLAIN_MEMBERS, augmenter)
     loader = DataLoader(dataset, batch_size=None, num_workers=args.workers)
-    usable = skip_bad_samples(loader, dataset.shard, lost)
-    samples = embed_samples(usable, teachers, args.batch_size, args.format == "pth.gz")
+    lost, uids = Counter[str](), set[str]()
+    usable = skip_bad_samples(loader, shard, lost, uids, bar)
+    samples = embed_samples(usable, teachers, views, args.batch_size, args.format == "pth.gz")
+    output = args.output / os.path.basename(shard)
 
     def write(file: BinaryIO) -> int:
         written = write_tar(file, samples)
         if not written:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in lost.items())
-            raise ShardError(f"no sample would be left: {reasons or 'the shard is empty'}")
+            raise no_sample_left(lost)
         return written
 
     remove_leftovers(output)
     try:
-        return publish(output, write)
+        return publish(output, write), uids
     finally:
         skipped.update(lost)
 
 
-def wait_for_other_ranks() -> None:
-    """Under torchrun, wait until all ranks are done: one that fails would end the others."""
-    if dist.is_torchelastic_launched() and WORLD_SIZE > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def check_settings(args: argparse.Namespace, config: ReinforcementConfig) -> None:
-    """Record how the shards are made; exits with a line if the folder's were made otherwise."""
+def check_settings(
+    args: argparse.Namespace, config: ReinforcementConfig, captions: SyntheticCaptions
+) -> dict[str, Any]:
+    """How the shards are made; exits with a line if the folder's were made otherwise."""
     named = [name for pair in config.teachers for name in pair]
-    files = [str(args.synthetic_captions), *filter(os.path.isfile, named)]
+    files = list(filter(os.path.isfile, [str(captions.settings), *named]))
     settings = {
         "config": config.fields,
         "format": args.format,
         "precision": args.precision,
         "seed": args.seed,
-        "sha256": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files},
+        "sha256": {name: hash_file(Path(name)) for name in files},
     }
     recorded = args.output / SETTINGS
-    if recorded.exists() and json.loads(recorded.read_text()) != settings:
-        raise SystemExit(
-            f"error: the shards in {args.output} were made with other settings (see {recorded}): "
-            "choose another folder"
-        )
-    publish_json(recorded, settings)
-
-
-def find_shards(pattern: str, output: Path) -> list[str]:
-    """The input shards; exits with a line if some are missing, have the same name, or are the
-    output's."""
-    shards = expand_braces(pattern)
-    absent = [shard for shard in shards if not os.path.isfile(shard)]
-    if absent:
-        raise SystemExit(
-            f"error: {len(absent)} of {len(shards)} shards of --input are missing, the first is "
-            f"{absent[0]}"
-        )
-    if len({os.path.basename(shard) for shard in shards}) < len(shards):
-        raise SystemExit(
-            "error: --input names several shards of one file name: reinforce each folder into an "
-            "--output of its own"
-        )
-    for shard in shards:
-        if os.path.realpath(shard) == os.path.realpath(output / os.path.basename(shard)):
+    if recorded.exists():
+        found = json.loads(recorded.read_text())
+        found.pop("teachers", None)  # follow from the config
+        if found != settings:
             raise SystemExit(
-                f"error: --output {output} is the folder of --input {shard}: choose another folder"
+                f"error: the shards in {args.output} were made with other settings (see "
+                f"{recorded}): choose another folder"
             )
-    return shards
+    return settings
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -326,19 +310,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--input", required=True, help="image-caption shards, as a brace pattern")
     add("--output", required=True, type=Path, help="folder for the reinforcement shards")
     add("--config", required=True, type=Path, help="reinforcement config, as in configs/")
-    text = "lines of JSON with uid and syn_text"
+    text = "lines of JSON with uid and syn_text: a file, or a folder with one for each shard"
     add("--synthetic-captions", required=True, type=Path, help=text)
     text = "store float32 (npz) or bfloat16 (pth.gz); default %(default)s"
     add("--format", choices=["npz", "pth.gz"], default="npz", help=text)
-    text = "precision of the teachers; default %(default)s"
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help=text)
+    text = "precision of the teachers: bf16 is autocast, pure_bf16 also takes half the memory for "
+    text += "weights; default %(default)s"
+    add("--precision", choices=["fp32", "bf16", "pure_bf16"], default="fp32", help=text)
     text = "augmented images to embed at a time; default %(default)s"
     add("--batch-size", type=int, default=256, help=text)
     text = "processes of each rank that decode and augment; default %(default)s"
     add("--workers", type=int, default=0, help=text)
     text = "seed of the augmentations; default %(default)s"
     add("--seed", type=int, default=0, help=text)
+    add_task_options(parser)
     args = parser.parse_args(arguments)
+    check_task(parser, args)
     for option, least in (("batch_size", 1), ("workers", 0)):
         if (value := getattr(args, option)) < least:
             parser.error(f"--{option.replace('_', '-')} {value}: expected at least {least}")
@@ -349,43 +336,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     config = read_config(args.config)
     config.need("model_name", "pretrained", "num_samples")
-    compose, augmentations = config.without_normalization(), config.augmentations
-    synthetic, blank = read_synthetic_captions(args.synthetic_captions)
-    if blank and RANK == 0:
-        print(f"warning: {args.synthetic_captions}: {blank} captions are blank", file=sys.stderr)
-    own = find_shards(args.input, args.output)[RANK::WORLD_SIZE]
-    check_settings(args, config)
+    captions = SyntheticCaptions(args.synthetic_captions)
+    if captions.blank and RANK == 0:
+        blank = f"{captions.blank} captions are blank"
+        print(f"warning: {args.synthetic_captions}: {blank}", file=sys.stderr)
+    shards = find_shards(args.input, args.output)
+    own = select_share(shards, args.task_index, args.task_count)[RANK::WORLD_SIZE]
+    settings = check_settings(args, config, captions)
 
-    outputs = {shard: args.output / os.path.basename(shard) for shard in own}
-    todo = [shard for shard in own if not outputs[shard].exists()]
+    todo = [shard for shard in own if not (args.output / os.path.basename(shard)).exists()]
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(gpu if torch.cuda.is_available() else "cpu")
     teachers = [Teacher(*teacher, device, args.precision) for teacher in config.teachers if todo]
-    for teacher in teachers:
-        teacher.check_crop(config)
+    compose, crops = adapt_crops(config, teachers)
+    if todo:
+        about = [teacher.describe() for teacher in teachers]
+        publish_json(args.output / SETTINGS, {**settings, "teachers": about})
 
-    skipped, written, failed = Counter[str](), 0, dict[str, str]()
-    bar = tqdm(todo, f"reinforce (rank {RANK})", unit="shard", disable=None if RANK == 0 else True)
-    for shard in bar:
-        dataset = AugmentedShard(shard, compose, augmentations, synthetic, args.seed)
-        try:
-            written += reinforce_shard(dataset, outputs[shard], teachers, args, skipped)
-        except ShardError as error:
-            failed[shard] = printable(error, 1000)
-            bar.write(f"{shard}: failed: {failed[shard]}", file=sys.stderr)
-    reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
-    print(
-        f"rank {RANK}: {len(todo) - len(failed)} shards reinforced, {written} samples"
-        + (f"; skipped: {reasons}" if reasons else "")
-    )
-    sys.stdout.flush()
-    wait_for_other_ranks()
-    if failed:
-        shard, reason = next(iter(failed.items()))
-        raise SystemExit(
-            f"error: rank {RANK}: {len(failed)} of {len(todo)} shards failed, the first is "
-            f"{shard}: {reason}; run it again when they are fixed"
-        )
+    def process(shard: str, skipped: Counter[str], bar: tqdm) -> int:
+        found = captions.of_shard(os.path.basename(shard))
+        augmenter = Augmenter(compose, crops, config.augmentations, found, args.seed)
+        views = [augmenter.crops.index(crop) for crop in crops]
+        written, uids = reinforce_shard(shard, augmenter, teachers, views, args, skipped, bar)
+        if captions.in_shards:
+            skipped.update({"captions without a sample": len(found.keys() - uids)})
+        return written
+
+    process_shards(todo, process, "reinforce", "reinforced")
 
 
 if __name__ == "__main__":

@@ -355,23 +355,27 @@ class ShardVerifier:
 
 
 # --- the teachers ---------------------------------------------------------------------------------
-def load_teachers(config: ReinforcementConfig, named: list[tuple[str, str]]) -> list["Teacher"]:
-    """The named teachers, or those of the config; exits with a line if one cannot be loaded."""
-    from lib.teachers import Teacher  # OpenCLIP takes seconds and 200 MB
+def load_teachers(
+    config: ReinforcementConfig, named: list[tuple[str, str]]
+) -> tuple[list["Teacher"], list[Compose]]:
+    """The named teachers, or those of the config, and the augmentation as each of them sees it.
+
+    Raises:
+        SystemExit: one cannot be loaded, or the augmentation does not suit them.
+    """
+    from lib.teachers import Teacher, adapt_crops  # OpenCLIP takes seconds and 200 MB
 
     if not named:
         config.need("model_name", "pretrained")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teachers = []
     for model, weights in named or config.teachers:
-        teacher = Teacher(model, weights, device, "fp32")
-        teacher.check_crop(config)
-        teachers.append(teacher)
-    return teachers
+        teachers.append(Teacher(model, weights, device, "fp32"))
+    return teachers, adapt_crops(config, teachers)[1]
 
 
 def embed_sample(
-    members: dict[str, Any], teachers: Sequence["Teacher"], compose: Compose
+    members: dict[str, Any], teachers: Sequence["Teacher"], crops: Sequence[Compose]
 ) -> Iterator[tuple[int, str, torch.Tensor]]:
     """Embed all augmentations and captions of a sample again.
 
@@ -379,14 +383,14 @@ def embed_sample(
         for each teacher its number, ``image`` and rows ``[A, D_k]``, then with ``text`` and rows
         ``[C + S, D_k]``.
     """
+    from lib.teachers import to_bytes
+
     img = decode_image(members)
     captions = [*original_captions(members), *synthetic_captions(members)]
-    params = [compose.decompress(entry) for entry in augmentation_parameters(members)]
-    images = [compose.reapply(img, entry)[0] for entry in params]
-    chunks = [
-        torch.stack(images[i : i + EMBED_AT_ONCE]) for i in range(0, len(images), EMBED_AT_ONCE)
-    ]
-    for number, teacher in enumerate(teachers):
+    stored = augmentation_parameters(members)
+    for number, (teacher, crop) in enumerate(zip(teachers, crops, strict=True)):
+        images = [to_bytes(crop.reapply(img, crop.decompress(entry))[0]) for entry in stored]
+        chunks = torch.stack(images).split(EMBED_AT_ONCE)
         embedded = [teacher.embed(chunk, captions) for chunk in chunks]
         yield number, "image", torch.cat([image_emb for image_emb, _ in embedded])
         yield number, "text", embedded[0][1]
@@ -396,7 +400,7 @@ def compare_embeddings(
     samples: Iterable[tuple[str, Sample]],
     teachers: Sequence["Teacher"],
     dimensions: list[int],
-    compose: Compose,
+    crops: Sequence[Compose],
     min_cosine: float,
 ) -> list[dict[str, Any]]:
     """Embed good samples ``(shard, sample)`` again, and compare with what is stored.
@@ -408,7 +412,7 @@ def compare_embeddings(
     for shard, sample in tqdm(samples, desc="embed", unit=" images"):
         members = read_sample(sample, shard)
         stored = embeddings(members)
-        for number, kind, rows in embed_sample(members, teachers, compose):
+        for number, kind, rows in embed_sample(members, teachers, crops):
             block = stored[f"{kind}_emb"].float().split(dimensions, dim=1)[number]
             similarity = torch.cosine_similarity(rows, block, dim=1).nan_to_num(-1.0)
             for row, cosine in enumerate(similarity.tolist()):
@@ -630,29 +634,30 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def choose_teachers(
     args: argparse.Namespace, config: ReinforcementConfig
-) -> tuple[list["Teacher"], list[int]]:
-    """The teachers to compare with (none without --teachers), and the widths of the blocks."""
+) -> tuple[list["Teacher"], list[Compose], list[int]]:
+    """The teachers to compare with (none without --teachers), the augmentation as each of them
+    sees it, and the widths of the blocks."""
     if args.teachers is None:
         if args.teacher_dimension:
-            return [], args.teacher_dimension
+            return [], [], args.teacher_dimension
         from lib.teachers import teacher_dimensions
 
-        return [], teacher_dimensions(config)
+        return [], [], teacher_dimensions(config)
     named = list(zip(args.teachers[::2], args.teachers[1::2], strict=True))
-    teachers = load_teachers(config, named)
+    teachers, crops = load_teachers(config, named)
     dimensions = [teacher.measure_dimension() for teacher in teachers]
     if args.teacher_dimension not in (None, dimensions):
         raise SystemExit(
             f"--teacher-dimension {args.teacher_dimension}, but the teachers' are {dimensions}"
         )
-    return teachers, dimensions
+    return teachers, crops, dimensions
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     config = read_config(args.config)
     shards = find_shards(args.shards)
-    teachers, dimensions = choose_teachers(args, config)
+    teachers, crops, dimensions = choose_teachers(args, config)
     keep = args.embed if teachers else 0
     verify = ShardVerifier(
         config.augmentation, dimensions, args.seed, args.part, args.samples, keep
@@ -664,9 +669,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [(shard, sample) for _, shard, sample in heapq.nsmallest(args.embed, good)]
     report["teachers"] = []
     if chosen:
-        views = config.without_normalization()
         report["teachers"] = compare_embeddings(
-            chosen, teachers, dimensions, views, args.min_cosine
+            chosen, teachers, dimensions, crops, args.min_cosine
         )
     problems = find_problems(report, args)
     print(format_report(report))

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, environment, run
-from lib.captions import read_synthetic_captions
+from lib.captions import KEY, read_synthetic_captions
 from lib.config import read_config
 from lib.teachers import Teacher
 from shards import AUGMENTATION, encode, picture, read_samples, uid, write_shard
@@ -243,7 +243,7 @@ def good_lines():
 
 def test_captions_files_are_read_however_they_were_written(tmp_path):
     """Blank lines, byte order marks, gzip, numbers as uids, repeated lines, and blank captions."""
-    lines, expected = good_lines(), {uid(n): [f"a {n}", f"b {n}"] for n in range(3)}
+    lines, expected = good_lines(), {uid(n): {KEY: [f"a {n}", f"b {n}"]} for n in range(3)}
     mark = "\ufeff"
     for content in (
         "\n".join(lines),
@@ -260,7 +260,10 @@ def test_captions_files_are_read_however_they_were_written(tmp_path):
     (tmp_path / "number.jsonl").write_text(
         '{"uid": 17, "syn_text": []}\n{"uid": "18", "syn_text": [" "]}'
     )
-    assert read_synthetic_captions(tmp_path / "number.jsonl") == ({"17": [], "18": []}, 1)
+    assert read_synthetic_captions(tmp_path / "number.jsonl") == (
+        {"17": {KEY: []}, "18": {KEY: []}},
+        1,
+    )
 
 
 WRONG_LINES = {

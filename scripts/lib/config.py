@@ -12,6 +12,7 @@ from dr.transforms import Compose, compose_from_config
 from .datasets import DATASETS
 from .shards import describe_type
 
+HUB = "hf-hub:"  # OpenCLIP's prefix of models on the Hub, whose repositories hold the weights
 DEFAULT_CONFIG = DATASETS["datacompdr12m"].config_path
 
 
@@ -23,7 +24,8 @@ class ReinforcementConfig(NamedTuple):
         fields: all of it.
         augmentation: its ``image_augmentation``.
         compose: the same, to apply.
-        teachers: model name (or model config file) and weights of each; empty if it names none.
+        teachers: model name (or model config file) and weights of each, which are empty for a
+            model on the Hub; no teachers if it names none.
         augmentations: number for each sample, ``num_samples``.
     """
 
@@ -34,10 +36,16 @@ class ReinforcementConfig(NamedTuple):
     teachers: list[tuple[str, str]]
     augmentations: int
 
-    def without_normalization(self) -> Compose:
-        """The augmentation without normalize: each teacher has its own."""
-        steps = self.augmentation
-        return compose_from_config({name: steps[name] for name in steps if name != "normalize"})
+    def without_normalization(self, **crop: Any) -> Compose:
+        """The augmentation without normalize: each teacher has its own.
+
+        Args:
+            crop: arguments of the random resized crop that replace the config's.
+        """
+        steps = {name: step for name, step in self.augmentation.items() if name != "normalize"}
+        if crop:
+            steps["random_resized_crop"] = {**steps["random_resized_crop"], **crop}
+        return compose_from_config(steps)
 
     def need(self, *fields: str) -> None:
         """Exit with a line if one of these fields is missing."""
@@ -62,11 +70,16 @@ def read_config(path: Path) -> ReinforcementConfig:
         _expect_object(augmentation, "reinforce.image_augmentation")
         compose = compose_from_config(augmentation)
         models, weights = (_split_names(fields, name) for name in ("model_name", "pretrained"))
+        if not all(models):
+            raise ValueError(f"model_name: {fields['model_name']!r} has an empty name")
         if len(models) != len(weights):
             raise ValueError(
                 f"model_name has {len(models)} entries and pretrained {len(weights)}; expected as "
                 "many of each"
             )
+        for model, weight in zip(models, weights, strict=True):
+            if not weight and not model.startswith(HUB):
+                raise ValueError(f"pretrained: {fields['pretrained']!r} has an empty name")
         augmentations = fields.get("num_samples", 1)
         if type(augmentations) is not int or augmentations < 1:
             found = repr(augmentations)[:40]
@@ -94,7 +107,4 @@ def _split_names(fields: dict[str, Any], name: str) -> list[str]:
     if not isinstance(value, str):
         found = describe_type(value)
         raise ValueError(f"{name}: expected names separated by commas, as text, found {found}")
-    names = [part.strip() for part in value.split(",")]
-    if not all(names):
-        raise ValueError(f"{name}: {value!r} has an empty name")
-    return names
+    return [part.strip() for part in value.split(",")]

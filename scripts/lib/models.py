@@ -14,8 +14,9 @@ import torch
 from open_clip.pretrained import get_pretrained_cfg
 
 from dr import checkpoint
-from dr.weights import find_preprocessing, register_model
+from dr.weights import Preprocessing, find_preprocessing, register_model
 
+from .config import HUB
 from .report import printable
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -42,6 +43,12 @@ class LoadedModel(NamedTuple):
     def preprocessing(self) -> dict[str, Any]:
         """``size``, ``mean``, ``std``, ``interpolation`` and further fields."""
         return self.model.visual.preprocess_cfg
+
+    @property
+    def statistics(self) -> Preprocessing:
+        """Normalisation statistics and interpolation of its images."""
+        found = self.preprocessing
+        return Preprocessing(tuple(found["mean"]), tuple(found["std"]), found["interpolation"])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -72,26 +79,30 @@ def load_model(name: str, pretrained: str, device: torch.device) -> LoadedModel:
     that of the run that wrote the checkpoint, or else the model's default.
 
     Args:
-        name: OpenCLIP model name, or a model config file.
-        pretrained: OpenCLIP tag, or a checkpoint file.
+        name: OpenCLIP model name, a model config file, or ``hf-hub:ORGANISATION/REPOSITORY``.
+        pretrained: OpenCLIP tag, or a checkpoint file; of no use for a name on the Hub.
         device: where the model runs.
 
     Raises:
         ModelError: there is no such model, or its weights cannot be loaded.
     """
+    part = ""
     try:
         model_name, model = _create_model(name, pretrained, device)
+        part = "its tokenizer: "
         return LoadedModel(model_name, model.eval(), open_clip.get_tokenizer(model_name))
     except ModelError:
         raise
     except Exception as error:  # of any kind: OpenCLIP's, the Hub's, or torch's
         line = printable(str(error).strip().partition("\n")[0], 600)
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise ModelError(f"{kind}{line}") from error
+        raise ModelError(f"{part}{kind}{line}") from error
 
 
 def _create_model(name: str, pretrained: str, device: torch.device) -> tuple[str, Any]:
     """A model and its name in OpenCLIP's registry."""
+    if name.startswith(HUB):  # config and weights are one
+        return name, open_clip.create_model(name, device=device, require_pretrained=True)
     try:
         model_name = register_model(name)
     except ValueError as error:  # of JSON

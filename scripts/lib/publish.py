@@ -1,6 +1,7 @@
-"""Write files whole or not at all: under another name, synced to disk, then renamed."""
+"""Write files whole or not at all: under another name, synced to disk, then renamed; hash them."""
 
 import glob
+import hashlib
 import json
 import os
 import secrets
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+PIECE = 1 << 20  # bytes
 Result = TypeVar("Result")
 
 
@@ -41,6 +43,15 @@ def publish(path: Path, write: Callable[[BinaryIO], Result]) -> Result:
 def publish_json(path: Path, content: object) -> None:
     data = json.dumps(content, indent=1, default=str).encode()
     publish(path, lambda file: file.write(data))
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def remove_leftovers(path: Path) -> None:
