@@ -51,7 +51,9 @@ from lib.captions import (
     is_key,
     read_captions,
 )
-from lib.dataset import (
+from lib.publish import hash_file, publish, publish_json, remove_leftovers
+from lib.report import run_command
+from lib.samples import (
     Sample,
     ShardSamples,
     find_shards,
@@ -59,8 +61,6 @@ from lib.dataset import (
     process_shards,
     skip_bad_samples,
 )
-from lib.publish import hash_file, publish, publish_json, remove_leftovers
-from lib.report import run_command
 from lib.shards import ShardError
 from lib.tasks import RANK, WORLD_SIZE, add_task_options, check_task, select_share
 from torch.utils.data import DataLoader

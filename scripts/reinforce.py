@@ -54,7 +54,9 @@ import numpy as np
 import torch
 from lib.captions import KEY, Captions, SyntheticCaptions
 from lib.config import ReinforcementConfig, read_config
-from lib.dataset import (
+from lib.publish import hash_file, publish, publish_json, remove_leftovers
+from lib.report import run_command
+from lib.samples import (
     Sample,
     ShardSamples,
     find_shards,
@@ -62,8 +64,6 @@ from lib.dataset import (
     process_shards,
     skip_bad_samples,
 )
-from lib.publish import hash_file, publish, publish_json, remove_leftovers
-from lib.report import run_command
 from lib.shards import ShardError
 from lib.tar_writer import write_tar
 from lib.tasks import RANK, WORLD_SIZE, add_task_options, check_task, select_share
