@@ -574,7 +574,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.coreml = False
     record = export(args)
     name = args.push or args.output.resolve().name
-    card = make_card(name, args.checkpoint, record, args.license, args.data_license)
+    source = f"hf-hub:{args.push}" if args.push else f"local-dir:{args.output.name}"
+    card = make_card(name, source, args.checkpoint, record, args.license, args.data_license)
     publish(args.output / CARD, lambda file: file.write(card.encode()))
     print(f"{record['parameters'] / 1e6:.1f} M parameters; compared on {record['compared_on']};")
     print(f"time of one input on this CPU, {record['threads']} threads\n")
