@@ -316,16 +316,27 @@ def write_coreml(model: LoadedModel, examples: Examples, folder: Path, half: boo
     inputs = {"image": examples.images[:1], "text": examples.tokens[:1].int()}
     run = {}
     for encoder, (kind, example) in zip(fold_encoders(model), inputs.items(), strict=True):
-        with torch.inference_mode():
-            traced = torch.jit.trace(encoder, example)
+        torch.backends.mha.set_fastpath_enabled(False)  # coremltools does not know its operation
+        try:
+            with torch.no_grad():
+                traced = torch.jit.trace(encoder, example)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
         dtype = np.float32 if kind == "image" else np.int32
-        converted = coremltools.convert(
-            traced,
-            inputs=[coremltools.TensorType(name=kind, shape=example.shape, dtype=dtype)],
-            outputs=[coremltools.TensorType(name=f"{kind}_embedding")],
-            compute_precision=precision,
-            minimum_deployment_target=coremltools.target.iOS16,
-        )
+        try:
+            converted = coremltools.convert(
+                traced,
+                inputs=[coremltools.TensorType(name=kind, shape=example.shape, dtype=dtype)],
+                outputs=[coremltools.TensorType(name=f"{kind}_embedding")],
+                compute_precision=precision,
+                minimum_deployment_target=coremltools.target.iOS16,
+            )
+        except Exception as error:  # of any kind
+            raise ExportError(
+                f"coremltools {coremltools.__version__} can't convert the {kind} encoder: "
+                f"{printable(describe_error(error), 300)}. It works with the versions of torch and "
+                "NumPy of its time (9.0: NumPy before 2.4); or export without --coreml"
+            ) from None
         converted.save(str(folder / f"{kind}_encoder.mlpackage"))
         run[kind] = make_predictor(converted, kind)
     can_run = sys.platform == "darwin"
@@ -563,7 +574,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.coreml = False
     record = export(args)
     name = args.push or args.output.resolve().name
-    card = make_card(name, args.checkpoint, record, args.license, args.data_license)
+    source = f"hf-hub:{args.push}" if args.push else f"local-dir:{args.output.name}"
+    card = make_card(name, source, args.checkpoint, record, args.license, args.data_license)
     publish(args.output / CARD, lambda file: file.write(card.encode()))
     print(f"{record['parameters'] / 1e6:.1f} M parameters; compared on {record['compared_on']};")
     print(f"time of one input on this CPU, {record['threads']} threads\n")

@@ -19,7 +19,7 @@ tokens = open_clip.get_tokenizer("{source}")(captions)
 image, text, *_ = model.eval()(preprocess(Image.open("{picture}"))[None], tokens)
 print(sorted(zip((image @ text.T)[0].tolist(), captions), reverse=True))
 """
-# Settings of the trainer that the card lists. Paths are listed without the folders before them.
+# Settings of the trainer that the card lists.
 SETTINGS = (
     *("model", "pretrained", "epochs", "total_steps", "train_num_samples", "batch_size"),
     *("accum_freq", "world_size", "lr", "beta1", "beta2", "eps", "wd", "warmup", "lr_scheduler"),
@@ -33,9 +33,9 @@ DATA = ("train_data", "val_data", "imagenet_val")
 
 
 def shorten_path(value: Any) -> str:
-    """A setting's value; of paths only the last two parts: the others are of the machine."""
+    """A setting's value; of paths only the last three parts: others are of the machine."""
     if isinstance(value, str) and "/" in value:
-        return "/".join(PurePath(value).parts[-2:])
+        return "/".join(PurePath(value).parts[-3:])
     return str(value)
 
 
@@ -51,6 +51,7 @@ def format_settings(params: dict[str, Any], names: tuple[str, ...]) -> list[str]
 
 def make_card(
     name: str,
+    source: str,
     checkpoint: str,
     record: dict[str, Any],
     license_name: str | None,
@@ -60,6 +61,7 @@ def make_card(
 
     Args:
         name: of the model, or of its repository.
+        source: where OpenCLIP loads it from, ``hf-hub:REPO`` or ``local-dir:DIR``.
         checkpoint: the file that was exported; its run's params.txt and results are read.
         record: of the export: settings and formats.
         license_name: of the weights, as the Hub names it; None: not stated.
@@ -87,7 +89,7 @@ def make_card(
         f"{record['parameters'] / 1e6:.1f} M parameters. It embeds images and captions, for "
         "zero-shot classification and retrieval.",
         "## Use",
-        "```python\n" + SNIPPET.format(source=f"hf-hub:{name}", picture="picture.jpg") + "```",
+        "```python\n" + SNIPPET.format(source=source, picture="picture.jpg") + "```",
         "The ONNX and Core ML encoders, where there are any, take images that are preprocessed as "
         "`open_clip_config.json` says, or tokenized captions, and return embeddings of unit "
         "length.",
