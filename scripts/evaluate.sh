@@ -9,7 +9,11 @@
 #     --suite S      imagenet (default), retrieval, datacomp38, or names of data sets with commas
 #     --data DIR     folder of the data sets in WebDataset form; default: download them from the Hub
 #     --output DIR   folder for the results; default: evaluation/ in the folder of the run
-#     --help         all options, and what the script writes
+#     --batch-size N, --workers N    images at a time (64), and processes that decode (4)
+#     --device NAME  cuda or cpu; default: a GPU if there is one
+#
+# The script writes results.jsonl, in clip-benchmark's format, and accuracy.png.
+# docs/evaluate-and-export.md describes the data sets and their metrics.
 #
 # The script installs clip-benchmark with this package (the extra evaluate) into the active virtual
 # environment; if there is none, into .venv. Run it again to continue: what is in results.jsonl is
@@ -17,6 +21,7 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+case ${1:-} in -h | --help) sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$ROOT/scripts/environment.sh"
 use_environment evaluate

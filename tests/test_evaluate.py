@@ -306,6 +306,15 @@ def test_a_torn_shard_is_one_line_and_what_is_evaluated_is_kept(checkpoints, dat
     assert len((tmp_path / "output" / "results.jsonl").read_text().splitlines()) == 1
 
 
+def test_the_scripts_help_has_every_option_and_installs_nothing(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_arguments(["--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    done = run(["bash", ROOT / "scripts" / "evaluate.sh", "--help"], env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0 and options <= set(re.findall(r"--[a-z-]+", done.stdout))
+    assert "installing" not in done.stdout
+
+
 def test_labels_beyond_the_classes_are_refused(model, tmp_path):
     folder = write_classification(tmp_path / "set")
     (folder / "classnames.txt").write_text("one\ntwo\n")
