@@ -2,6 +2,7 @@
 
     python hf_dataset_example.py                       # the first sample, from the Hugging Face Hub
     python hf_dataset_example.py --output sample.png   # also draw everything stored with it
+    python hf_dataset_example.py --dataset dfndr12m    # another data set of the Hub
     python hf_dataset_example.py --shard datasets/DataCompDR-12M/shards/00000000.tar --index 3
 
 The script needs `pip install -e .`. Without --shard it transfers a few hundred KB of a shard, and
@@ -20,40 +21,45 @@ from huggingface_hub import HfFileSystem
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
-from draw_sample import NO_CAPTION, describe_parameters, draw_sample
+from lib.datasets import DATASETS, add_dataset_option
+from lib.draw_sample import describe_parameters, draw_sample, label_captions
 from lib.http_image import fetch_image
-from lib.reinforcement import read_reinforcement
+from lib.hub import HubShard
+from lib.reinforcement import describe_originals, read_reinforcement
 from lib.report import printable, run_command
 
 from dr import sample
 from dr.tar import read_samples
 from dr.transforms import Compose
 
-REPOSITORY, SHARD = "apple/DataCompDR-12M", "00000000.tar"
+DEFAULT = "datacompdr12m"
 READ_AHEAD = 2**18  # bytes of the shard to transfer at a time; a sample has about 230 KB
 WANTED = sample.USED_MEMBERS | {"url.txt", "json"}
-CONFIG = Path(__file__).resolve().parent / "configs" / "datacompdr12m.json"
 
 
-def read_shard(shard: Path | str) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and ``{extension: bytes}`` of the samples of a file, or of a Hub repository."""
+def read_shard(shard: Path | HubShard) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield key and ``{extension: bytes}`` of the samples of a file, or of a shard on the Hub."""
     try:
         if isinstance(shard, Path):
             stream = open(shard, "rb")  # noqa: SIM115  (closed below)
         else:
-            stream = HfFileSystem().open(f"datasets/{shard}/{SHARD}", block_size=READ_AHEAD)
+            stream = HfFileSystem().open(
+                f"datasets/{shard.repository}/{shard.path}", block_size=READ_AHEAD
+            )
         with stream:
             yield from read_samples(stream, WANTED.__contains__)
     except Exception as error:  # of the tar, the Hub, or the HTTP library below it
         found = printable(f"{type(error).__name__}: {error}", 300)
         hint = "" if isinstance(shard, Path) else "; without a network, read a file with --shard"
-        raise SystemExit(f"error: cannot read the shard {shard}: {found}{hint}") from None
+        name = shard if isinstance(shard, Path) else shard.repository
+        raise SystemExit(f"error: cannot read the shard {name}: {found}{hint}") from None
 
 
 def choose(
     members: dict[str, bytes], compose: Compose, augmentation: int | None = None, seed: int = 0
 ) -> dict:
-    """Apply one of the A stored augmentations, and choose one of the S synthetic captions.
+    """Apply one of the A stored augmentations, and choose one of the S synthetic captions, of all
+    lists if there are several. The original caption is the first.
 
     Returns:
         Their numbers, the caption and the augmentation's parameters; the augmented ``image``, float
@@ -72,41 +78,49 @@ def choose(
         image, _ = compose.reapply(original, params)
     except ValueError as error:
         raise sample.BadSample("augmentation parameters", error) from error
-    stored = sample.embeddings(members)  # image_emb [A, ΣD_k], text_emb [1 + S, ΣD_k]
+    stored = sample.embeddings(members)  # image_emb [A, ΣD_k], text_emb [C + S, ΣD_k]
+    row = sample.count_originals(members) + s
     return {
         "augmentation": a,
         "synthetic": s,
+        "synthetic_row": row,
         "syn_caption": captions[s],
         "params": params,
         "image": image,
         "image_emb": stored["image_emb"][a],
         "text_emb": stored["text_emb"][0],  # of the original caption; the synthetic ones follow
-        "syn_text_emb": stored["text_emb"][1 + s],
+        "syn_text_emb": stored["text_emb"][row],
     }
 
 
 def print_sample(
     title: str, members: dict, chosen: dict, cosines: Tensor, teachers: list[str]
 ) -> None:
-    """Print the chosen tensors, captions and each teacher's cosines, ``[K, 1 + S, A]``."""
-    a, s = chosen["augmentation"], chosen["synthetic"]
+    """Print the chosen tensors, captions and each teacher's cosines, ``[K, C + S, A]``."""
+    a, row = chosen["augmentation"], chosen["synthetic_row"]
     texts, augmentations = cosines.shape[1:]
-    original = sample.caption(members) if "txt" in members else NO_CAPTION
+    originals, lists = describe_originals(members), sample.read_caption_lists(members)
+    labels = label_captions(len(originals), lists)
+    original = "the original caption" if len(originals) == 1 else "original caption 0"
+    synthetic = f"synthetic caption {chosen['synthetic']}"
+    if len(lists) > 1:
+        keys = [key for key, captions in lists.items() for _ in captions]
+        synthetic += f" ({labels[row]}: {printable(keys[chosen['synthetic']])})"
     width, height = sample.decode_image(members).size
     steps = "; ".join(describe_parameters(chosen["params"]))
     print(f"{title}\n")
     for name, text in {
         "image": f"{width}x{height} image, augmentation {a} of {augmentations}: {steps}",
         "image_emb": f"row {a} of {augmentations}: of that augmentation",
-        "text_emb": f"row 0 of {texts}: of the original caption",
-        "syn_text_emb": f"row {1 + s} of {texts}: of synthetic caption {s}",
+        "text_emb": f"row 0 of {texts}: of {original}",
+        "syn_text_emb": f"row {row} of {texts}: of {synthetic}",
     }.items():
         dtype = str(chosen[name].dtype).removeprefix("torch.")
         print(f"{name:13} {list(chosen[name].shape)!s:14} {dtype:9} {text}")
-    print(f"\n{'caption':13} {printable(original, 1000)}")
+    print(f"\n{'caption':13} {printable(originals[0], 1000)}")
     print(f"{'syn_caption':13} {printable(chosen['syn_caption'], 1000)}\n")
     for teacher, texts in zip(teachers, cosines[:, :, a].tolist(), strict=True):
-        print(f"{teacher}: cosine with caption {texts[0]:.3f}, with syn_caption {texts[1 + s]:.3f}")
+        print(f"{teacher}: cosine with caption {texts[0]:.3f}, with syn_caption {texts[row]:.3f}")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -114,8 +128,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    text = "data set to read from the Hub, with --shard only its config"
+    add_dataset_option(parser, f"{text}; default {DEFAULT}")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--bf16", action="store_true", help=f"read {REPOSITORY}-bf16")
+    source.add_argument("--bf16", action="store_true", help=f"as --dataset {DEFAULT}-bf16")
     source.add_argument(
         "--shard", type=Path, help="local shard to read instead of the Hub, joined or not"
     )
@@ -129,11 +145,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FILE.png",
         help="also draw everything stored with the sample",
     )
-    text = f"config that the set was reinforced with; default configs/{CONFIG.name}"
-    add("--config", type=Path, default=CONFIG, help=text)
+    text = "config that the set was reinforced with; default: that of the data set"
+    add("--config", type=Path, help=text)
     text = "width of each teacher's embeddings; default: of the teachers of --config"
     add("--teacher-dimension", type=int, nargs="+", metavar="D", help=text)
     args = parser.parse_args(arguments)
+    if args.bf16 and args.dataset:
+        parser.error("--bf16 and --dataset: expected one of them")
+    args.dataset = args.dataset or (f"{DEFAULT}-bf16" if args.bf16 else DEFAULT)
+    args.config = args.config or DATASETS[args.dataset].config_path
     if min(args.index, args.augmentation or 0) < 0:
         parser.error("expected --index and --augmentation of 0 or more")
     if args.tries < 1 or min(args.teacher_dimension or [1]) < 1:
@@ -146,7 +166,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     reinforcement = read_reinforcement(args.config, args.teacher_dimension)
-    shard = args.shard or (f"{REPOSITORY}-bf16" if args.bf16 else REPOSITORY)
+    dataset = DATASETS[args.dataset]
+    shard = args.shard or HubShard.first_of(dataset)
+    name = args.shard or dataset.repository
     number = None
     samples = islice(enumerate(read_shard(shard)), args.index, args.index + args.tries)
     for number, (key, members) in samples:
@@ -155,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
             if sample.missing(members, {"an image": sample.IMAGE_MEMBERS}):
                 members["jpg"] = fetch_image(members)
             chosen = choose(members, reinforcement.compose, args.augmentation, args.seed)
-            title = f"{shard}, sample {number}: {printable(key, 80)}"
+            title = f"{name}, sample {number}: {printable(key, 80)}"
             if args.output:
                 marked = chosen["augmentation"], chosen["synthetic"]
                 draw_sample(title, members, reinforcement, *marked).save(args.output)
@@ -166,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
         except sample.BadSample as error:
             print(f"sample {number} skipped: {printable(error, 400)}", file=sys.stderr)
     if number is None:
-        raise SystemExit(f"error: {shard} has no sample {args.index}: give a smaller --index")
+        raise SystemExit(f"error: {name} has no sample {args.index}: give a smaller --index")
     raise SystemExit(f"error: samples {args.index} to {number} cannot be used: give more --tries")
 
 

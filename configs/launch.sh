@@ -10,7 +10,7 @@ print_help() {
     sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
     printf '\nSettings and their defaults:\n\n'
     sed -n 's/^\([A-Z][A-Z0-9_]*\)=${\1:\{0,1\}-\(.*\)}\( *# *\(.*\)\)\{0,1\}$/\1|\2|\4/p' \
-        "$0" "${BASH_SOURCE[0]}" |
+        "$0" "${BASH_SOURCE[0]}" | awk -F '|' '!listed[$1]++' |
         while IFS='|' read -r name default comment; do
             printf '  %-36s %s\n' "$name=$default" "$comment"
         done
@@ -20,6 +20,7 @@ case ${1:-} in -h | --help) print_help; exit ;; esac
 
 # --- settings common to all recipes ---------------------------------------------------------------
 MODEL=${MODEL:-ViT-B-16}                # an OpenCLIP model name, or a model config FILE.json
+PRETRAINED=${PRETRAINED:-}              # weights to start from: a file, or an OpenCLIP tag
 PRECISION=${PRECISION:-}                # empty: amp on GPUs, fp32 on the CPU
 LR=${LR:-1.e-3}                         # learning rate
 WD=${WD:-0.2}                           # weight decay
@@ -34,6 +35,7 @@ SAMPLING=${SAMPLING:-with-replacement}  # or without-replacement: passes that ta
 MAX_SKIPPED_FRACTION=${MAX_SKIPPED_FRACTION:-} # fraction of bad samples at which a run stops
 DATASETS=${DATASETS:-}                  # folder of data sets; empty: datasets/ next to open_clip/
 IMAGENET_VAL=${IMAGENET_VAL-./imagenet_validation} # ImageNet's validation set; empty: no evaluation
+EVAL_DATA=${EVAL_DATA:-}                # held-out image-caption shards for the recall; empty: none
 ZEROSHOT_FREQUENCY=${ZEROSHOT_FREQUENCY:-1} # epochs between two evaluations
 SAVE_FREQUENCY=${SAVE_FREQUENCY:-1}     # epochs between two checkpoints
 SAVE_EVERY_N_STEPS=${SAVE_EVERY_N_STEPS:-0} # also save within epochs, to resume from; 0: do not
@@ -62,8 +64,10 @@ obstacle() {
 # --- the tree and the environment -----------------------------------------------------------------
 # The scripts run from the patched tree (open_clip/configs) and from this repository (configs/).
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[ -f "$tree/src/training/main.py" ] || tree=$tree/open_clip
-[ -f "$tree/src/training/dr/loss.py" ] || obstacle "no patched OpenCLIP in $tree: run" \
+[ -d "$tree/src" ] || tree=$tree/open_clip
+trainer=training
+[ ! -d "$tree/src/open_clip_train" ] || trainer=open_clip_train # of OpenCLIP 3.3
+[ -f "$tree/src/$trainer/dr/loss.py" ] || obstacle "no patched OpenCLIP in $tree: run" \
     "'bash scripts/setup_open_clip.sh' at the repository's root first"
 [ -n "$DATASETS" ] || DATASETS=$(dirname "$tree")/datasets
 "$PYTHON" -c 'import braceexpand, importlib.util; assert importlib.util.find_spec("torch")' \
@@ -71,20 +75,25 @@ tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     "in which this package is installed, or set PYTHON to its python"
 
 # --- steps ----------------------------------------------------------------------------------------
-# require_shards SCRIPT: check that the first and the last shard of DATA exist; SCRIPT makes them.
+# require_shards COMMAND: check that the first and last shard of DATA exist; COMMAND makes them.
 require_shards() {
     local absent
-    case $DATA in *://* | pipe:*) return ;; esac
-    absent=$("$PYTHON" - "$DATA" <<'PY'
+    absent=$(find_absent DATA)
+    [ -z "$absent" ] || obstacle "no training shard $absent (only the first and the last were" \
+        "checked): '$1' joins captions, images and reinforcements, or set DATA to your shards"
+}
+
+# find_absent SETTING: print the first or the last shard of a setting if it does not exist.
+find_absent() {
+    local shards=${!1}
+    case $shards in *://* | pipe:*) return ;; esac
+    "$PYTHON" - "$shards" <<'PY' || obstacle "cannot expand $1=$shards (Python's message is above)"
 import os, sys
 from braceexpand import braceexpand
 
 shards = [shard for part in sys.argv[1].split("::") for shard in braceexpand(part)]
 print(next((shard for shard in (shards[0], shards[-1]) if not os.path.isfile(shard)), ""))
 PY
-    ) || obstacle "cannot expand DATA=$DATA (Python's message is above)"
-    [ -z "$absent" ] || obstacle "no training shard $absent (only the first and the last were" \
-        "checked): 'bash $1' joins captions, images and reinforcements, or set DATA to your shards"
 }
 
 # launch [TRAINER ARGUMENT …]: run the trainer; or print its command in a dry run.
@@ -144,6 +153,7 @@ launch() {
         --save-frequency "$SAVE_FREQUENCY" --zeroshot-frequency "$ZEROSHOT_FREQUENCY"
         --log-every-n-steps "$LOG_EVERY" --logs "$LOGS" --name "$NAME"
     )
+    [ -z "$PRETRAINED" ] || args+=(--pretrained "$PRETRAINED")
     [ "$SAVE_EVERY_N_STEPS" = 0 ] || args+=(--save-every-n-steps "$SAVE_EVERY_N_STEPS")
     [ "$KEEP_LAST_K" = 2 ] || args+=(--keep-last-k "$KEEP_LAST_K")
     [ -z "$MAX_SKIPPED_FRACTION" ] || args+=(--max-skipped-fraction "$MAX_SKIPPED_FRACTION")
@@ -153,6 +163,13 @@ launch() {
             "validation images of ImageNet (a folder for each class), or to nothing" \
             "(IMAGENET_VAL=) to train without zero-shot evaluation"
         args+=(--imagenet-val "$IMAGENET_VAL")
+    fi
+    if [ -n "$EVAL_DATA" ]; then
+        local absent
+        absent=$(find_absent EVAL_DATA)
+        [ -z "$absent" ] || obstacle "no shard $absent of EVAL_DATA=$EVAL_DATA: set it to held-out" \
+            "image-caption shards, or to nothing (EVAL_DATA=)"
+        args+=(--val-data "$EVAL_DATA")
     fi
     if [ -n "$REPORT_TO" ]; then
         [[ $REPORT_TO != *wandb* ]] || "$PYTHON" -c 'import wandb' 2>/dev/null ||
@@ -167,7 +184,7 @@ launch() {
     local command=(
         env "${variables[@]}" "$PYTHON" -m torch.distributed.run --nnodes "$NUM_NODES"
         --nproc-per-node "$processes" --max-restarts 0 "${rendezvous[@]}"
-        -m -- training.main "${device[@]}" "${args[@]}" "$@"
+        -m -- "$trainer.main" "${device[@]}" "${args[@]}" "$@"
     )
     [ "$DRY_RUN" != 0 ] || exec "${command[@]}"
     printf '%q \\\n' "${command[@]:0:${#command[@]}-1}"

@@ -41,5 +41,5 @@ if [ -z "$DATA" ]; then
 fi
 
 # --- steps ----------------------------------------------------------------------------------------
-require_shards scripts/join_datacompdr12m.sh
+require_shards "bash scripts/join_datacompdr12m.sh"
 launch --save-most-recent "$@"

@@ -44,7 +44,7 @@ DATA=${DATA:-}                          # training shards; empty: all of DataCom
     DATA="$DATASETS/DataCompDR-12M/shards/{00000000..00001023}.tar"
 
 # --- steps ----------------------------------------------------------------------------------------
-require_shards scripts/join_datacompdr12m.sh
+require_shards "bash scripts/join_datacompdr12m.sh"
 # shellcheck disable=SC2086  # settings with several numbers are split on purpose
 launch \
     --dataset-reinforcement --dataset-reinforcement-config "$REINFORCEMENT_CONFIG" \

@@ -49,7 +49,7 @@ esac
     DATA="$DATASETS/DataCompDR-1B/{{00..64}/{00000000..00000999},65/{00000000..00000535}}.tar"
 
 # --- steps ----------------------------------------------------------------------------------------
-require_shards scripts/join_datacompdr1b.sh
+require_shards "bash scripts/join_datacompdr1b.sh"
 # shellcheck disable=SC2086  # settings with several numbers are split on purpose
 launch \
     --dataset-reinforcement --dataset-reinforcement-config "$REINFORCEMENT_CONFIG" \

@@ -183,6 +183,10 @@ def prepare_args(args: Namespace, parser: ArgumentParser) -> None:
             parser.exit(2, f"error: {message}\n")
     if mismatch := follow_weights(args):
         parser.exit(2, f"error: {mismatch}\n")
+    if "timm" in getattr(args, "opt", ""):  # OpenCLIP 3.3 has defaults for its own AdamW only
+        args.eps = 1e-8 if args.eps is None else args.eps
+        if args.beta1 is None and args.beta2 is not None:  # as in the run scripts
+            args.beta1 = 0.9
     if args.max_skipped_fraction is None:
         limited = args.dataset_reinforcement or args.dataset_without_replacement
         args.max_skipped_fraction = 0.1 if limited else 1.0
@@ -275,6 +279,14 @@ def _value_rules(args: Namespace) -> Iterator[Rule]:
     )
     steps, kept, fraction = args.save_every_n_steps, args.keep_last_k, args.max_skipped_fraction
     total = args.total_steps
+    weights = args.pretrained or ""
+    if weights and not os.path.exists(weights):
+        tags = open_clip.list_pretrained_tags_by_model(args.model)
+        yield (
+            weights.lower() not in [*tags, "openai"],
+            f"--pretrained {weights}: there is no such file, and OpenCLIP has no weights of this "
+            f"name for {args.model} (it has {', '.join(tags) or 'none'})",
+        )
     yield total is not None and total < 1, f"--total-steps {total}: expected 1 or more"
     yield (
         total is not None and args.train_num_samples is None,

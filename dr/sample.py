@@ -158,6 +158,17 @@ def original_captions(sample: dict) -> list[str]:
     return [caption(sample)]
 
 
+def has_originals(sample: dict) -> bool:
+    """Whether a sample holds original captions."""
+    return "txt" in sample or b'"texts"' in sample.get("json", b"")
+
+
+def count_originals(sample: dict) -> int:
+    """C, the number of original captions. A reinforcement shard of the Hub may have none; its
+    teachers embedded one."""
+    return len(original_captions(sample)) if has_originals(sample) else 1
+
+
 def embeddings(sample: dict) -> dict[str, Tensor]:
     """The stored embeddings of ``npz`` (NumPy) or ``pth.gz`` (gzip around ``torch.save``).
 
@@ -169,10 +180,7 @@ def embeddings(sample: dict) -> dict[str, Tensor]:
     stored = stored_embeddings(sample)
     text_emb = _rows(stored["text_emb"], slice(None))
     if "syn.json" in sample:
-        # A reinforcement shard of the Hub has no caption; its teachers embedded one.
-        has_captions = "txt" in sample or b'"texts"' in sample.get("json", b"")
-        originals = len(original_captions(sample)) if has_captions else 1
-        lists = read_caption_lists(sample)
+        originals, lists = count_originals(sample), read_caption_lists(sample)
         places = locate_synthetic_rows(originals, lists, stored)
         parts = [text_emb[:originals]]
         for key, captions in lists.items():
@@ -257,7 +265,7 @@ def _describe(array: Any) -> str:
     return f"{getattr(array, 'dtype', type(array))} {list(getattr(array, 'shape', ()))}"
 
 
-def _check_inflated(archive: zipfile.ZipFile, member: str) -> None:
+def check_inflated(archive: zipfile.ZipFile, member: str) -> None:
     size = sum(entry.file_size for entry in archive.infolist())
     if size > MAX_INFLATED:
         raise BadSample(
@@ -272,7 +280,7 @@ def _load_npz(data: bytes) -> dict[str, np.ndarray]:
     """
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        _check_inflated(archive, "npz")
+        check_inflated(archive, "npz")
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
         for name in _embedding_names(entries):
             entry = entries[name]
@@ -307,6 +315,13 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _load_pth_gz(data: bytes) -> dict:
+    loaded = load_pth_gz(data)
+    # A stored tensor may ask for gradients.
+    return {name: torch.as_tensor(loaded[name]).detach() for name in _embedding_names(loaded)}
+
+
+def load_pth_gz(data: bytes) -> Any:
+    """What ``torch.save`` stored in a ``pth.gz``: tensors only, and bounded."""
     stream = zlib.decompressobj(wbits=31)  # reads gzip in three quarters of gzip.open's time
     inflated = stream.decompress(data, MAX_INFLATED + 1)
     if len(inflated) > MAX_INFLATED:
@@ -314,10 +329,8 @@ def _load_pth_gz(data: bytes) -> dict:
     if not stream.eof or stream.unused_data:
         raise BadSample("unreadable pth.gz", "cut off, or more than one gzip stream")
     with zipfile.ZipFile(io.BytesIO(inflated)) as archive:
-        _check_inflated(archive, "pth.gz")
-    loaded = torch.load(io.BytesIO(inflated), map_location="cpu", weights_only=True)
-    # A stored tensor may ask for gradients.
-    return {name: torch.as_tensor(loaded[name]).detach() for name in _embedding_names(loaded)}
+        check_inflated(archive, "pth.gz")
+    return torch.load(io.BytesIO(inflated), map_location="cpu", weights_only=True)
 
 
 def _embedding_names(found: Iterable[str]) -> list[str]:

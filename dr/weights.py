@@ -6,7 +6,6 @@ knows these of its tags; this module finds those of weight files.
 """
 
 import json
-import logging
 import os
 import re
 from argparse import Namespace
@@ -143,5 +142,4 @@ def follow_weights(args: Namespace) -> str | None:
             f"--pretrained {args.pretrained} needs {preprocessing}, but {', '.join(wrong)} "
             "was given: remove it, or add --ignore-pretrained-statistics"
         )
-    logging.info(f"Image preprocessing of {args.pretrained}: {preprocessing}")
     return None

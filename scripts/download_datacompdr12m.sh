@@ -25,9 +25,6 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-DATACOMP12M_PATH=${DATACOMP12M_PATH:-$ROOT/datasets/DataComp-12M}
-DATACOMPDR12M_NOIMG_PATH=${DATACOMPDR12M_NOIMG_PATH:-$ROOT/datasets/DataCompDR-12M-noimage}
-DATACOMPDR1B_NOIMG_PATH=${DATACOMPDR1B_NOIMG_PATH:-$ROOT/datasets/DataCompDR-1B-noimage}
 WORKERS=${WORKERS:-8} # files that are downloaded at the same time
 PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
 # .venv is made by quickstart.sh and test.sh.
@@ -39,7 +36,7 @@ for option in "$@"; do
     case $option in
         -h | --help)
             sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "$0"
-            printf '\nFurther options (the script sets --repo, --per-folder and --workers):\n\n'
+            printf '\nFurther options (the script sets --dataset and --workers):\n\n'
             exec "$PYTHON" "$ROOT/scripts/download_shards.py" --help ;;
         --bf16) BF16=-bf16 ;;
         --1b) ONE_B=1 ;;
@@ -47,16 +44,14 @@ for option in "$@"; do
     esac
 done
 
+DATASET=datacompdr12m$BF16
 if [ -n "$ONE_B" ]; then
     [ -z "$BF16" ] || {
         echo "error: --bf16 is for DataCompDR-12M; there is no bf16 DataCompDR-1B: remove --bf16" \
             "or --1b" >&2
         exit 1
     }
-    REPOS=(--repo apple/DataCompDR-1B "$DATACOMPDR1B_NOIMG_PATH" --per-folder 1000)
-else
-    REPOS=(--repo mlfoundations/DataComp-12M "$DATACOMP12M_PATH"
-        --repo "apple/DataCompDR-12M$BF16" "$DATACOMPDR12M_NOIMG_PATH")
+    DATASET=datacompdr1b
 fi
-exec "$PYTHON" "$ROOT/scripts/download_shards.py" "${REPOS[@]}" --workers "$WORKERS" \
+exec "$PYTHON" "$ROOT/scripts/download_shards.py" --dataset "$DATASET" --workers "$WORKERS" \
     ${OPTIONS[@]+"${OPTIONS[@]}"}

@@ -1,12 +1,14 @@
 """Download the images of shards with img2dataset, into image shards of the same names.
 
     bash scripts/download_images.sh --shards 0-7    # makes an environment with img2dataset for it
+    python scripts/download_images.py --dataset dfndr12m
     python scripts/download_images.py --input datasets/DataComp-12M \\
         --reinforcements datasets/DataCompDR-12M-noimage --output datasets/DataComp-12M-images
 
---input are the shards with `url.txt`. The sha256 of the image that was embedded is in the `json` of
---reinforcements, or else of the input. Images that have changed since are skipped, because their
-stored embeddings would be wrong.
+--dataset takes the folders of a data set by its name below. --input are the shards with `url.txt`;
+a sample without one has that of the --reinforcements. The sha256 of the image that was embedded is
+in the `json` of --reinforcements, or else of the input. Images that have changed since are skipped,
+because their stored embeddings would be wrong.
 
 For each input shard the script writes one image shard of the same name, so image shards stay
 aligned with the others. Images have DataComp's settings: jpg, at most 512 pixels on the longer
@@ -61,6 +63,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lib import http
+from lib.datasets import DATASETS, add_dataset_option, describe_datasets
 from lib.pool import end_with_parent, run_all
 from lib.publish import publish, publish_json, remove_leftovers
 from lib.report import describe_error, format_table, printable, run_command
@@ -176,7 +179,8 @@ def write_list(
         for uid, members in contents.samples.items():
             if uid in contents.refused:
                 continue
-            stored = members.get("url.txt")
+            reinforced = embedded.samples.get(uid, {}) if embedded else {}
+            stored = members.get("url.txt") or reinforced.get("url.txt")
             url = stored.read().strip() if stored and stored.size <= MAX_URL else b""
             if not url:
                 without_url += 1
@@ -514,7 +518,8 @@ def find_number(name: str) -> int | None:
     *folders, stem = Path(name).with_suffix("").parts
     if len(folders) > 1 or not all(re.fullmatch(r"[0-9]+", part) for part in (*folders, stem)):
         return None
-    return 1000 * int(folders[0] if folders else 0) + int(stem)
+    per_folder = DATASETS["datacompdr1b"].per_folder
+    return per_folder * int(folders[0] if folders else 0) + int(stem)
 
 
 def choose_names(wanted: str | None, source: Source) -> list[str]:
@@ -531,7 +536,7 @@ def choose_names(wanted: str | None, source: Source) -> list[str]:
         if len(names) < count:
             raise SystemExit(
                 f"--shards {wanted}: {len(names)} of these {count} are in {source.folder}; "
-                "download the others first, or choose fewer"
+                "download the others first, or choose fewer, or give a pattern of names"
             )
     elif wanted:
         names = expand_braces(wanted)
@@ -544,14 +549,18 @@ def choose_names(wanted: str | None, source: Source) -> list[str]:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=describe_datasets("captions", "reinforcements", "images"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, source = parser.add_argument, "DIR|PATTERN"
+    text = "data set whose folders are the defaults of --input, --reinforcements and --output"
+    add_dataset_option(parser, text, reinforced=False)
     text = "shards with url.txt: a folder, or a pattern"
-    add("--input", required=True, metavar=source, help=text)
+    add("--input", metavar=source, help=text)
     text = "shards with the sha256 in their json; default: the input"
     add("--reinforcements", metavar=source, help=text)
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the image shards")
+    add("--output", type=Path, metavar="DIR", help="folder for the image shards")
     text = (
         "shards to download: numbers (1003 is 01/00000003.tar of DataCompDR-1B), or a pattern of "
         "names; default: all"
@@ -577,12 +586,33 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     text = f"shards in one run of img2dataset; default {SHARDS_PER_PROCESS} for each process"
     add("--batch", type=int, help=text)
     args = parser.parse_args(arguments)
+    if not args.dataset and not (args.input and args.output):
+        parser.error("expected --dataset, or --input and --output")
     args.batch = args.batch if args.batch is not None else SHARDS_PER_PROCESS * args.processes
     for option in ("processes", "threads", "timeout", "retries", "batch"):
         least = 0 if option == "retries" else 1
         if (value := getattr(args, option)) < least:
             parser.error(f"--{option} {value}: expected at least {least}")
     return args
+
+
+def set_folders(args: argparse.Namespace) -> None:
+    """Set the folders that --dataset stands for, where the options do not give others."""
+    dataset = DATASETS[args.dataset]
+    args.output = args.output or dataset.images.path()
+    if args.input:
+        return
+    urls, reinforcements = dataset.find_urls()
+    args.input = str(urls)
+    folder = dataset.reinforcements
+    if reinforcements:
+        args.reinforcements = args.reinforcements or str(reinforcements)
+    elif folder and folder.path() != urls and not args.reinforcements:
+        print(
+            f"no folder {folder.path()} ({folder.setting}): without its sha256, changed images are "
+            "kept; join with --verify-hash to skip them",
+            file=sys.stderr,
+        )
 
 
 def open_sources(args: argparse.Namespace) -> tuple[list[str], Source, Source | None]:
@@ -615,6 +645,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"no {module} for {sys.executable}: run '{sys.executable} -m pip install {module}',"
                 " or scripts/download_images.sh, which makes an environment with img2dataset"
             )
+    if args.dataset:
+        set_folders(args)
     names, source, reinforcements = open_sources(args)
 
     args.output.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Download the images of DataComp-12M, or with --1b those of DataCompDR-1B, into image shards for
-# the join.
+# Download the images of DataComp-12M, or with --1b those of DataCompDR-1B, or with --dataset those
+# of another data set, into image shards for the join.
 #
-#     bash scripts/download_images.sh [--1b] [--shards A-B] [further options]
+#     bash scripts/download_images.sh [--1b | --dataset NAME] [--shards A-B] [further options]
 #
+#     --dataset NAME           datacompdr12m (default), datacompdr1b (as --1b), dfndr12m or dfndr2b;
+#                              python scripts/download_images.py --help lists their folders
 #     --shards A-B             download only these shards, counted from 0; for DataCompDR-1B, 1003
 #                              is 01/00000003.tar. Default: all
 #     --processes N            number of processes; default: one for each core, up to 16
@@ -17,7 +19,8 @@
 #
 # The script reads the shards that contain the image URLs. For DataComp-12M these are the caption
 # shards; the sha256 of the embedded images is in the reinforcement shards. For DataCompDR-1B the
-# reinforcement shards contain both. img2dataset comes from PyPI. Its requirements conflict with
+# reinforcement shards contain both. For DFNDR, URLs are taken from caption shards or reinforcement
+# shards, whichever have them. img2dataset comes from PyPI. Its requirements conflict with
 # training's, so it is installed in an environment of its own, .venv-img2dataset (0.8 GB), unless
 # the active environment has it.
 #
@@ -38,11 +41,6 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-DATACOMP12M_PATH=${DATACOMP12M_PATH:-$ROOT/datasets/DataComp-12M}
-DATACOMPDR12M_NOIMG_PATH=${DATACOMPDR12M_NOIMG_PATH:-$ROOT/datasets/DataCompDR-12M-noimage}
-DATACOMP12M_IMAGES_PATH=${DATACOMP12M_IMAGES_PATH:-$ROOT/datasets/DataComp-12M-images} # output
-DATACOMPDR1B_NOIMG_PATH=${DATACOMPDR1B_NOIMG_PATH:-$ROOT/datasets/DataCompDR-1B-noimage}
-DATACOMP1B_IMAGES_PATH=${DATACOMP1B_IMAGES_PATH:-$ROOT/datasets/DataComp-1B-images} # output
 IMG2DATASET_PYTHON=${IMG2DATASET_PYTHON:-} # a Python with img2dataset; empty: found or installed
 IMG2DATASET_VENV=${IMG2DATASET_VENV:-$ROOT/.venv-img2dataset}
 # img2dataset imports a module that Python 3.13 has removed.
@@ -50,29 +48,32 @@ REQUIREMENTS=("img2dataset==1.47.0" "standard-imghdr; python_version >= '3.13'")
 
 fail() { echo "download_images: error: $*" >&2; exit 1; }
 
-one_b=
+dataset=datacompdr12m
 options=()
-for argument in "$@"; do
-    case $argument in
+while [ $# -gt 0 ]; do
+    case $1 in
         -h | --help) sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;;
-        --1b) one_b=1 ;;
-        *) options+=("$argument") ;;
+        --1b) dataset=datacompdr1b ;;
+        --dataset)
+            [ $# -gt 1 ] || fail "--dataset: expected the name of a data set"
+            dataset=$2
+            shift ;;
+        --dataset=*) dataset=${1#*=} ;;
+        *) options+=("$1") ;;
     esac
+    shift
 done
 
-# --- folders of the URLs, the sha256 and the images -----------------------------------------------
-if [ -n "$one_b" ]; then
-    input=DATACOMPDR1B_NOIMG_PATH output=DATACOMP1B_IMAGES_PATH from="scripts/download_datacompdr12m.sh --1b"
-else
-    input=DATACOMP12M_PATH output=DATACOMP12M_IMAGES_PATH from=scripts/download_datacompdr12m.sh
-    if [ -d "$DATACOMPDR12M_NOIMG_PATH" ]; then
-        options=(--reinforcements "$DATACOMPDR12M_NOIMG_PATH" ${options[@]+"${options[@]}"})
-    else
-        echo "no folder $DATACOMPDR12M_NOIMG_PATH (DATACOMPDR12M_NOIMG_PATH): without its sha256," \
-            "changed images are kept; join with --verify-hash to skip them" >&2
-    fi
-fi
-[ -d "${!input}" ] || fail "no folder ${!input} ($input): $from downloads it, or set $input"
+# A wrong name or a missing folder is an error before img2dataset is installed.
+problem=$(PYTHONPATH="$ROOT/scripts" "${PYTHON:-python3}" - "$dataset" <<'PY' 2>&1
+import sys
+from lib.datasets import DATASETS
+
+if sys.argv[1] not in DATASETS:
+    sys.exit(f"--dataset {sys.argv[1]}: expected one of {', '.join(DATASETS)}")
+DATASETS[sys.argv[1]].find_urls()
+PY
+) || fail "$problem"
 
 # --- img2dataset ----------------------------------------------------------------------------------
 has_img2dataset() { # has_img2dataset PYTHON
@@ -95,5 +96,5 @@ else
     fi
 fi
 
-exec "$IMG2DATASET_PYTHON" "$ROOT/scripts/download_images.py" --input "${!input}" --output "${!output}" \
+exec "$IMG2DATASET_PYTHON" "$ROOT/scripts/download_images.py" --dataset "$dataset" \
     ${options[@]+"${options[@]}"}

@@ -1,8 +1,14 @@
 """Download shards of data sets from the Hugging Face Hub, all or a range, each set to its folder.
 
+    python scripts/download_shards.py --dataset dfndr12m --shards 0-3
     python scripts/download_shards.py --shards 0-3 \\
         --repo mlfoundations/DataComp-12M datasets/DataComp-12M \\
         --repo apple/DataCompDR-12M datasets/DataCompDR-12M-noimage
+
+--dataset downloads a data set by its name below, to its folder; DataCompDR-12M together with the
+captions in DataComp-12M. --repo downloads any data set to any folder. The layout of DFNDR on the
+Hub is not published: all tars whose names are numbers count as shards, in the order of their paths,
+and --shards counts them from 0.
 
 The script first prints the licence of each data set, and the number of files and bytes to download.
 Nothing is downloaded if a data set lacks a shard of the range, if the disk is too small, or if the
@@ -43,12 +49,23 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HTTPError  # HTTPError: of httpx or its successor
+from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, logging
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from lib.datasets import DATASETS, add_dataset_option, describe_datasets
+from lib.hub import (
+    REPOSITORY,
+    HubError,
+    explain,
+    hub_errors_in_one_line,
+    is_shard,
+    page_of,
+    prepare_client,
+    shard_path,
+    status_of,
+)
 from lib.report import printable, run_command
 from tqdm import tqdm
 
@@ -57,10 +74,6 @@ DESCRIPTION = re.compile(r"(README|LICEN[CS]E|NOTICE)[\w.-]*|manifest\.jsonl", r
 MAX_PAUSE = 60  # seconds between two tries; the Hub counts requests over five minutes
 CHUNK = 1 << 20
 TRANSIENT = (408, 429, 500, 502, 503, 504)
-
-
-class DownloadError(Exception):
-    """Why a file cannot be downloaded, in a line for people."""
 
 
 class File(NamedTuple):
@@ -97,85 +110,26 @@ def format_bytes(number: int) -> str:
     return tqdm.format_sizeof(number, "B") if number >= 1000 else f"{number} B"
 
 
-# --- errors ---------------------------------------------------------------------------------------
-def page_of(repo: str) -> str:
-    return f"{re.sub('//.*@', '//', constants.ENDPOINT)}/datasets/{repo}"
-
-
-def status_of(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def explain(error: BaseException, repo: str) -> str:
-    """One line about what failed, without text from the server and without the token."""
-    host, status = urlsplit(constants.ENDPOINT).hostname, status_of(error)
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{repo} is gated: accept its terms on {page_of(repo)}, and set HF_TOKEN to a token of "
-            "that account"
-        )
-    if status == 401 and not get_token():
-        return f"{host} refuses {repo} without a token (401): set HF_TOKEN, or check the name"
-    if status in (401, 403):
-        token = "the token (HF_TOKEN, or that of hf auth login)"
-        return f"{token} may not read {repo} ({status}): set another one"
-    if status == 404:
-        return (
-            f"{host} has no data set {repo}, or no longer has this file (404): check the name and "
-            "HF_ENDPOINT"
-        )
-    if status:
-        return f"{host} answers with status {status}"
-    if isinstance(error, DownloadError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno:
-        return f"{error.filename or 'writing'}: {os.strerror(error.errno)}"
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, so huggingface_hub uses no network: unset it"
-    return (
-        f"no answer from {host}, or not all of it ({type(error).__name__}): check the network and "
-        "HF_ENDPOINT"
-    )
-
-
-@contextlib.contextmanager
-def hub_errors_in_one_line(repo: str) -> Iterator[None]:
-    """Exit with one line if the Hub does not answer, or another kind of server does."""
-    try:
-        yield
-    except (HTTPError, ConnectionError) as error:
-        raise SystemExit(explain(error, repo)) from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise SystemExit(
-            f"{page_of(repo)} is not answered by a Hub ({type(error).__name__}): check HF_ENDPOINT"
-        ) from None
-
-
 # --- which files to download ----------------------------------------------------------------------
 def parse_range(text: str) -> range:
-    match = re.fullmatch(r"0*(\d{1,5})(?:-0*(\d{1,5}))?", text)
+    match = re.fullmatch(r"0*(\d{1,6})(?:-0*(\d{1,6}))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if first > last:
         raise argparse.ArgumentTypeError(f"expected a range such as 0-3, or a number, not {text!r}")
     return range(first, last + 1)
 
 
-def shard_path(number: int, per_folder: int) -> str:
-    """Shard 1003 is 00001003.tar, or 01/00000003.tar where folders hold 1,000 each."""
-    if not per_folder:
-        return f"{number:08d}.tar"
-    return f"{number // per_folder:02d}/{number % per_folder:08d}.tar"
-
-
 def list_repository(
-    api: HfApi, repo: str, commit: str | None, shards: range | None, per_folder: int
+    api: HfApi, repo: str, commit: str | None, shards: range | None, per_folder: int | None
 ) -> dict[str, RepoFile]:
-    """Files of the root and of the folders that hold the shards (None: all shards), by path."""
+    """Files of the root and of the folders that hold the shards (None: all shards), by path; all
+    files if the layout is not known."""
 
-    def list_folder(folder: str | None) -> list[Any]:
-        return list(api.list_repo_tree(repo, folder, repo_type="dataset", revision=commit))
+    def list_folder(folder: str | None, recursive: bool = False) -> list[Any]:
+        listing = {"recursive": recursive, "repo_type": "dataset", "revision": commit}
+        return list(api.list_repo_tree(repo, folder, **listing))
 
-    found = list_folder(None)
+    found = list_folder(None, recursive=per_folder is None)
     if per_folder:
         folders = [entry.path for entry in found if not isinstance(entry, RepoFile)]
         wanted = {shard_path(number, per_folder).partition("/")[0] for number in shards or ()}
@@ -185,16 +139,30 @@ def list_repository(
     return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
 
 
-def plan_files(repo: str, folder: Path, shards: range | None, per_folder: int) -> list[File]:
-    """The files that belong in a folder, shards in order; prints the data set's licence."""
-    with hub_errors_in_one_line(repo):
-        api = HfApi()
-        info = api.dataset_info(repo, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        listed = list_repository(api, repo, info.sha, shards, per_folder)
-        card = info.card_data.to_dict() if info.card_data else {}
-    print_licence(repo, card)
+def choose_paths(
+    repo: str, listed: Collection[str], shards: range | None, per_folder: int | None
+) -> list[str]:
+    """The paths of the wanted shards (None: all), in order.
 
-    if shards:
+    Args:
+        repo: for messages.
+        listed: all paths.
+        shards: numbers of the wanted shards.
+        per_folder: as in :func:`shard_path`; None: the layout is not known, and the numbers are
+            positions in the order of the paths.
+
+    Raises:
+        SystemExit: a wanted shard is not listed, or there are none.
+    """
+    if per_folder is None:
+        paths = sorted(filter(is_shard, listed))
+        if shards and shards[-1] >= len(paths) > 0:
+            raise SystemExit(
+                f"{repo} has {len(paths)} shards, and --shards names number {shards[-1]}, counted "
+                "from 0; nothing was downloaded"
+            )
+        paths = paths[shards[0] : shards[-1] + 1] if shards else paths
+    elif shards:
         paths = [shard_path(number, per_folder) for number in shards]
     else:
         pattern = r"\d\d/\d{8}\.tar" if per_folder else r"\d{8}\.tar"
@@ -206,8 +174,37 @@ def plan_files(repo: str, folder: Path, shards: range | None, per_folder: int) -
             "nothing was downloaded"
         )
     if not paths:
-        example = shard_path(0, per_folder)
+        example = shard_path(0, per_folder or 0)
         raise SystemExit(f"{repo} has no shards such as {example}; nothing was downloaded")
+    return paths
+
+
+class Wanted(NamedTuple):
+    """A data set to download.
+
+    Attributes:
+        repo: on the Hub.
+        folder: for its files.
+        per_folder: shards in each of its folders; see :func:`choose_paths`.
+        licence: what its card should name; None: not known.
+    """
+
+    repo: str
+    folder: Path
+    per_folder: int | None
+    licence: str | None = None
+
+
+def plan_files(wanted: Wanted, shards: range | None) -> list[File]:
+    """The files that belong in a folder, shards in order; prints the data set's licence."""
+    repo, folder, per_folder, licence = wanted
+    with hub_errors_in_one_line(repo):
+        api = HfApi()
+        info = api.dataset_info(repo, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        listed = list_repository(api, repo, info.sha, shards, per_folder)
+        card = info.card_data.to_dict() if info.card_data else {}
+    print_licence(repo, card, licence)
+    paths = choose_paths(repo, listed, shards, per_folder)
     files = []
     for path in [*(path for path in listed if DESCRIPTION.fullmatch(path)), *paths]:
         entry = listed[path]
@@ -216,10 +213,11 @@ def plan_files(repo: str, folder: Path, shards: range | None, per_folder: int) -
     return files
 
 
-def print_licence(repo: str, card: dict[str, Any]) -> None:
+def print_licence(repo: str, card: dict[str, Any], known: str | None) -> None:
     names = card.get("license_name") or card.get("license")
     names = ", ".join(names) if isinstance(names, list) else names
-    licence = f"licence {printable(names)}" if names else "its card names no licence"
+    no_name = "its card names no licence" + (f", it was published under {known}" if known else "")
+    licence = f"licence {printable(names)}" if names else no_name
     print(f"{repo}: {licence}; read {page_of(repo)}")
 
 
@@ -318,7 +316,7 @@ def stream(file: File, progress: Callable[[int], None], stop: threading.Event) -
 
 
 def check(file: File, progress: Callable[[int], None]) -> None:
-    """Raise DownloadError, and remove the partial file, if it is not the Hub's file."""
+    """Raise HubError, and remove the partial file, if it is not the Hub's file."""
     digest, size = hashlib.sha256(), 0
     with open(file.partial, "rb") as partial:
         while chunk := partial.read(CHUNK):
@@ -327,7 +325,7 @@ def check(file: File, progress: Callable[[int], None]) -> None:
     if size != file.size or (len(file.hash) == 64 and digest.hexdigest() != file.hash):
         progress(-size)
         file.partial.unlink()
-        raise DownloadError(
+        raise HubError(
             f"the {format_bytes(size)} received are not what the Hub lists, by size or SHA-256"
         )
 
@@ -364,7 +362,7 @@ def download(file: File, planned: int, tries: int, bar: tqdm, stop: threading.Ev
                 downloaded = True
                 for older in file.partial.parent.glob(f"{file.target.name}.*.partial"):
                     older.unlink()  # of another commit
-            except (HTTPError, DownloadError) as error:
+            except (HTTPError, HubError) as error:
                 if status_of(error) not in (None, *TRANSIENT):
                     raise
                 fruitless = 0 if (size_of(file.partial) or 0) > before else fruitless + 1
@@ -409,7 +407,7 @@ def download_all(
             for done, future in enumerate(as_completed(started), 1):
                 try:
                     downloaded += future.result()
-                except (HTTPError, DownloadError, OSError) as error:
+                except (HTTPError, HubError, OSError) as error:
                     failed[started[future]] = explain(error, started[future].repo)
                 if len(failed) >= workers:
                     break
@@ -423,14 +421,17 @@ def download_all(
 # --- the command ----------------------------------------------------------------------------------
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=describe_datasets("captions", "reinforcements"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, names = parser.add_argument, ("REPO", "FOLDER")
+    add_dataset_option(parser, "download this data set to its folder", reinforced=False)
     text = "a data set on the Hub, and the folder for its files; may be repeated"
-    add("--repo", nargs=2, action="append", required=True, metavar=names, help=text)
+    add("--repo", nargs=2, action="append", default=[], metavar=names, help=text)
     text = "download these shards, by number: 0-3 for four (default: all)"
     add("--shards", type=parse_range, metavar="A-B", help=text)
-    text = "shards in each folder of the data set; 0 (default): there are no folders"
+    text = "with --repo: shards in each folder of the data set; 0 (default): there are no folders"
     add("--per-folder", type=int, default=0, help=text)
     add("--workers", type=int, default=8, help="files to download at once (default: 8)")
     text = "give up a file after this many tries in a row that received nothing (default: 10)"
@@ -440,33 +441,41 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, least in (("workers", 1), ("tries", 1), ("per_folder", 0)):
         if (value := getattr(args, name)) < least:
             parser.error(f"--{name.replace('_', '-')}: expected {least} or more, not {value}")
-    if len({Path(folder).resolve() for _, folder in args.repo}) < len(args.repo):
+    if not args.dataset and not args.repo:
+        parser.error("expected --dataset or --repo")
+    for repo, _ in args.repo:
+        if not REPOSITORY.fullmatch(repo):
+            parser.error(f"--repo: expected a name such as apple/DataCompDR-12M, not {repo!r}")
+    args.wanted = list_wanted(args)
+    if len({wanted.folder.resolve() for wanted in args.wanted}) < len(args.wanted):
         parser.error(
             "--repo: each data set needs a folder of its own, as their shards have the same names"
         )
-    for repo, _ in args.repo:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-            parser.error(f"--repo: expected a name such as apple/DataCompDR-12M, not {repo!r}")
     return args
+
+
+def list_wanted(args: argparse.Namespace) -> list[Wanted]:
+    """The data sets that --dataset and --repo name, captions first."""
+    names = [DATASETS[args.dataset].with_captions, args.dataset] if args.dataset else []
+    datasets = [DATASETS[name] for name in names if name]
+    return [
+        *(Wanted(d.repository, d.shard_folder.path(), d.per_folder, d.licence) for d in datasets),
+        *(Wanted(repo, Path(folder), args.per_folder) for repo, folder in args.repo),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    logging.set_verbosity_error()  # errors are reported here
-    endpoint = urlsplit(constants.ENDPOINT)
-    if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
-        raise SystemExit("HF_ENDPOINT is no URL such as https://huggingface.co")
-    if not re.fullmatch(r"[\x21-\x7e]*", get_token() or ""):
-        raise SystemExit("HF_TOKEN holds a space or a character that no token has: set it again")
+    prepare_client()
 
     files: list[File] = []
-    for repo, folder in args.repo:
-        planned = plan_files(repo, Path(folder), args.shards, args.per_folder)
+    for wanted in args.wanted:
+        planned = plan_files(wanted, args.shards)
         check_folder(planned)
         missing = [file for file in planned if not file.exists()]
         needed = format_bytes(sum(file.missing_bytes() for file in missing))
         print(
-            f"    {len(missing)} files, {needed} to download into {folder}; "
+            f"    {len(missing)} files, {needed} to download into {wanted.folder}; "
             f"{len(planned) - len(missing)} exist already"
         )
         files += missing

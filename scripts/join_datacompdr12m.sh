@@ -27,16 +27,6 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-DATACOMP12M_PATH=${DATACOMP12M_PATH:-$ROOT/datasets/DataComp-12M}
-DATACOMP12M_IMAGES_PATH=${DATACOMP12M_IMAGES_PATH:-$ROOT/datasets/DataComp-12M-images}
-DATACOMPDR12M_NOIMG_PATH=${DATACOMPDR12M_NOIMG_PATH:-$ROOT/datasets/DataCompDR-12M-noimage}
-DATACOMPDR12M_PATH=${DATACOMPDR12M_PATH:-$ROOT/datasets/DataCompDR-12M/shards} # output
-
-CAPTIONS=DATACOMP12M_PATH CAPTIONS_FROM=scripts/download_datacompdr12m.sh
-IMAGES=DATACOMP12M_IMAGES_PATH
-REINFORCEMENTS=DATACOMPDR12M_NOIMG_PATH REINFORCEMENTS_FROM=scripts/download_datacompdr12m.sh
-OUTPUT=DATACOMPDR12M_PATH
-
 # shellcheck source-path=SCRIPTDIR source=join_datacompdr.sh
 source "$ROOT/scripts/join_datacompdr.sh"
-join "$@"
+join datacompdr12m "$@"

@@ -29,16 +29,6 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-DATACOMP1B_PATH=${DATACOMP1B_PATH-$ROOT/datasets/DataComp-1B}
-DATACOMP1B_IMAGES_PATH=${DATACOMP1B_IMAGES_PATH:-$ROOT/datasets/DataComp-1B-images}
-DATACOMPDR1B_NOIMG_PATH=${DATACOMPDR1B_NOIMG_PATH:-$ROOT/datasets/DataCompDR-1B-noimage}
-DATACOMPDR1B_PATH=${DATACOMPDR1B_PATH:-$ROOT/datasets/DataCompDR-1B} # output
-
-CAPTIONS=DATACOMP1B_PATH CAPTIONS_FROM=scripts/caption_shards.py
-IMAGES=DATACOMP1B_IMAGES_PATH
-REINFORCEMENTS=DATACOMPDR1B_NOIMG_PATH REINFORCEMENTS_FROM="scripts/download_datacompdr12m.sh --1b"
-OUTPUT=DATACOMPDR1B_PATH
-
 # shellcheck source-path=SCRIPTDIR source=join_datacompdr.sh
 source "$ROOT/scripts/join_datacompdr.sh"
-join "$@"
+join datacompdr1b "$@"

@@ -1,8 +1,11 @@
 """Join captions, images and reinforcements, shard by shard, into the shards that training reads.
 
+    python scripts/join_shards.py --dataset dfndr12m
     python scripts/join_shards.py --source datasets/DataComp-12M \\
         --source datasets/DataComp-12M-images --source datasets/DataCompDR-12M-noimage \\
         --output datasets/DataCompDR-12M/shards --workers 8
+
+--dataset takes the folders of a data set by its name below, as sources and output.
 
 A joined shard contains, for each uid, the members from the shards of that name in all sources, as
 `<uid>.<extension>`. Shards in subfolders keep their subfolder. The samples keep the order of the
@@ -14,7 +17,8 @@ that are only in an unaligned source are ignored.
 Give captions, images, reinforcements, in this order. A member that two sources contain is written
 once. If the two differ, the first source's member is written, and the report counts the other by
 extension. The `json` members always differ: that of the reinforcements has only uid and sha256, and
-img2dataset's has more fields.
+img2dataset's has more fields. Several original captions of a sample (the list `texts` in a `json`)
+are added to the `json` that is written. A caption (`txt`) or URL may be in any source.
 
 These samples are skipped and counted by reason: samples without image, caption or reinforcements
 (--require changes this), samples that one source contains twice with different contents, and
@@ -60,12 +64,13 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lib.datasets import DATASETS, add_dataset_option, describe_datasets
 from lib.index import UnalignedSource
 from lib.pool import run_all
 from lib.publish import publish, publish_json, remove_leftovers
@@ -157,6 +162,20 @@ def has_changed(uid: str, contents: Sequence[Contents]) -> bool | None:
     return downloaded.lower() != embedded.lower()
 
 
+def add_texts(members: Members, found: Sequence[dict[str, Span]]) -> None:
+    """Add the original captions in the ``json`` of a later source to that of the first.
+
+    Row c of the embeddings belongs to entry c of ``texts``, so the join must not lose the list.
+    """
+    spans = [sample["json"] for sample in found if "json" in sample]
+    if len(spans) < 2 or all(b'"texts"' not in span.read() for span in spans[1:]):
+        return
+    about, *others = (read_json_object(span) for span in spans)
+    texts = [other["texts"] for other in others if "texts" in other]
+    if texts and "texts" not in about:
+        members["json"] = json.dumps({**about, "texts": texts[0]}).encode()
+
+
 def unite_samples(
     contents: Sequence[Contents], settings: dict[str, Any], counts: Counts
 ) -> Iterator[tuple[str, Members]]:
@@ -188,7 +207,9 @@ def unite_samples(
         for extension, span in chain.from_iterable(sample.items() for sample in found):
             if not span.has_same_bytes(members[extension]):
                 counts.differing[extension] += 1
-        yield uid, dict(members)
+        united: Members = dict(members)
+        add_texts(united, found)
+        yield uid, united
 
 
 def convert_to_bf16(
@@ -457,15 +478,22 @@ def exit_if_incomplete(report: dict[str, Any]) -> None:
 # --- the command ----------------------------------------------------------------------------------
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=describe_datasets("captions", "images", "reinforcements", "joined"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     source: dict[str, Any] = {"dest": "sources", "action": "append", "metavar": "DIR|PATTERN"}
+    text = "join the folders of this data set; further sources come after them"
+    add_dataset_option(parser, text)
+    text = "with --dataset: its image shards have other file names, or are split at other samples"
+    add("--images-unaligned", action="store_true", help=text)
     text = "folder of shards, or a pattern such as 'images/{0000..1023}.tar'; once for each source"
     add("--source", type=lambda text: (text, False), help=text, **source)
     text = "the same, if its shards have other file names, or are split at other samples"
     add("--unaligned-source", type=lambda text: (text, True), help=text, **source)
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the joined shards")
+    text = "folder for the joined shards; default: that of --dataset"
+    add("--output", type=Path, metavar="DIR", help=text)
     text = "pattern of the names of the shards to join; default: those of the last --source"
     add("--shards", metavar="PATTERN", help=text)
     cores, text = min(8, os.cpu_count() or 1), "processes; default: one for each core, up to 8"
@@ -491,9 +519,30 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.workers < 1:
         parser.error("--workers: expected at least 1")
     check_task(parser, args)
-    if not args.report and all(unaligned for _, unaligned in args.sources or ()):
+    if args.dataset:
+        args.output = args.output or DATASETS[args.dataset].joined.path()
+    elif not args.output:
+        parser.error("expected --dataset, or --source and --output")
+    elif args.images_unaligned:
+        parser.error("--images-unaligned: expected --dataset; or give an --unaligned-source")
+    needs_source = not args.report and not args.dataset
+    if needs_source and all(unaligned for _, unaligned in args.sources or ()):
         parser.error("--source: expected at least one, whose names of shards the output gets")
     return args
+
+
+def list_sources(name: str, images_unaligned: bool) -> list[tuple[str, bool]]:
+    """The folders of a data set, and whether each is unaligned, in the order of precedence.
+
+    Raises:
+        SystemExit: a folder does not exist.
+    """
+    dataset = DATASETS[name]
+    # The first source's member is used: the captions must be those that were embedded.
+    folders = [(dataset.captions, False), (dataset.images, images_unaligned)]
+    folders += [(dataset.reinforcements, False)]
+    found = [(folder.find(), unaligned) for folder, unaligned in reversed(folders)]
+    return [(str(path), unaligned) for path, unaligned in reversed(found) if path]
 
 
 def open_sources(args: argparse.Namespace) -> list[AnySource]:
@@ -511,7 +560,8 @@ def choose_names(args: argparse.Namespace, sources: Sequence[AnySource]) -> list
     """The names of the shards to join; exits with a line if there are none."""
     last = [source for source in sources if isinstance(source, Source)][-1]
     names = choose_shards(last, args.shards, "the last --source", args.output)
-    check_parts(names, sources, args.require)
+    advice = DATASETS[args.dataset].how_to_get() if args.dataset else {}
+    check_parts(names, sources, args.require, HOW_TO_GET | advice)
     return names
 
 
@@ -550,7 +600,12 @@ def count_shards(
     return {"source_shards": counts, "lacking_shards": lacking}
 
 
-def check_parts(names: Sequence[str], sources: Sequence[AnySource], require: Sequence[str]) -> None:
+def check_parts(
+    names: Sequence[str],
+    sources: Sequence[AnySource],
+    require: Sequence[str],
+    how_to_get: Mapping[str, str],
+) -> None:
     """Exit with a line if no source holds a required part, judged by the first shards, so that a
     forgotten source is an error before all shards are read. Stops as soon as all parts were
     found."""
@@ -572,7 +627,7 @@ def check_parts(names: Sequence[str], sources: Sequence[AnySource], require: Seq
     if not extensions:
         return  # joining reports that the shards are empty
     missing = [part for part in require if part not in find_parts(extensions)]
-    lines = [f"no source holds a sample's {part}: {HOW_TO_GET[part]}" for part in missing]
+    lines = [f"no source holds a sample's {part}: {how_to_get[part]}" for part in missing]
     if missing and unknown:
         lines.append(f"there are {printable(unknown, 1000)}")
     if lines:
@@ -630,6 +685,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exit_if_incomplete(report)
         return
 
+    if args.dataset:
+        own = list_sources(args.dataset, args.images_unaligned)
+        args.sources = [*own, *(args.sources or ())]
     sources, report = open_sources(args), new_report()
     for source in sources:
         faults = source.faults() if isinstance(source, UnalignedSource) else {}

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# Make open_clip/: OpenCLIP at its pinned commit, with open_clip.patch, configs/ and dr/ applied.
+# Make open_clip/: OpenCLIP with the patch of its version, configs/ and dr/ applied.
 #
-#     bash scripts/setup_open_clip.sh [--source auto|git|pypi] [--dest DIR] [--force]
+#     bash scripts/setup_open_clip.sh [--open-clip pinned|3.3] [--source auto|git|pypi] [--dest DIR]
+#                                     [--force]
 #
-#   --source git    fetch the pinned commit from $OPEN_CLIP_REPO, without notebooks and pictures
-#            pypi   take the files from PyPI, for machines that do not reach GitHub: src/open_clip/
-#                   of open_clip_torch 2.26.1 and src/training/ of 2.24.0. The trainer is the same;
+#   --open-clip pinned  the commit of May 2024 on which the published recipes are defined; with
+#                       open_clip.patch
+#               3.3     release 3.3.0; with open_clip_v3.patch. docs/training.md compares the two.
+#                       Default: $OPEN_CLIP_VERSION, else the version that DIR has, else pinned
+#   --source git    fetch the commit from $OPEN_CLIP_REPO, without notebooks and pictures
+#            pypi   take the files from PyPI, for machines that do not reach GitHub. 3.3: from
+#                   open_clip_torch 3.3.0, the same files. pinned: src/open_clip/ from
+#                   open_clip_torch 2.26.1 and src/training/ from 2.24.0. The trainer is the same;
 #                   a few files of src/open_clip/ are five weeks newer, and the patch changes none
 #                   of them
 #            auto   git, or pypi if the repository does not answer within 30 s (default)
@@ -14,7 +20,7 @@
 #
 # The changes are committed in the tree's own git repository, on top of the unpatched commit. Run
 # the script again at any time: a tree that is up to date is not touched; one made with an older
-# open_clip.patch, configs/ or dr/ is brought up to date in place, without the network, and logs/
+# patch, configs/ or dr/ is brought up to date in place, without the network, and logs/
 # and other files of yours stay. A tree with your edits, or with files that you added to src/ or
 # configs/, is refused without --force; `git status` in the tree shows them.
 #
@@ -25,41 +31,41 @@ shopt -s inherit_errexit
 
 # --- settings -------------------------------------------------------------------------------------
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+OPEN_CLIP_VERSION=${OPEN_CLIP_VERSION:-}
 SOURCE=${SOURCE:-auto}
 DEST=${DEST:-$ROOT/open_clip}
 OPEN_CLIP_REPO=${OPEN_CLIP_REPO:-https://github.com/mlfoundations/open_clip.git} # or a local path
-OPEN_CLIP_COMMIT=${OPEN_CLIP_COMMIT:-cf86ee7ec4658845f640858ecd34d0f15588271a}
 REACH_SECONDS=${REACH_SECONDS:-30}
 PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}} # used by pypi only
 PYTHON=${PYTHON:-python3}
-WHEELS=(open_clip_torch==2.26.1:open_clip open_clip_torch==2.24.0:training) # wheel:package
 WHEELS_TAG=open_clip_wheels # marks the unpatched commit of a tree made from PyPI packages
 ME=setup_open_clip          # author of the commits made here
-PINNED_BLOBS="\
-86b44862f46ef483665d555da33c3a5c1c499416 src/open_clip/factory.py
-5beaab1c32ae2a826261c337b47548adf77b53de src/open_clip/loss.py
-07b9fee961d211eeb0c60c0fbd595a3a0ba12518 src/training/data.py
-c3d19302d97c8c24166322922eab75a76c68b33f src/training/params.py
-a48a3459390ea986b56a46a720ae2921e9f9c3d3 src/training/train.py
-94496999f4ced80927499ebdb26dfed19d77bbc1 src/training/main.py"
 
+# shellcheck source-path=SCRIPTDIR source=open_clip_versions.sh
+source "$ROOT/scripts/open_clip_versions.sh"
 say() { echo "setup_open_clip: $*"; }
 fail() { echo "setup_open_clip: error: $*" >&2; exit 1; }
 
 force=
 while [ $# -gt 0 ]; do
     case $1 in
+        --open-clip) OPEN_CLIP_VERSION=${2:?--open-clip needs pinned or 3.3}; shift 2 ;;
         --source) SOURCE=${2:?--source needs auto, git or pypi}; shift 2 ;;
         --dest) DEST=${2:?--dest needs a folder}; shift 2 ;;
         --force) force=yes; shift ;;
         -h | --help) sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
-        *) fail "found '$1', expected --source, --dest, --force or --help" ;;
+        *) fail "found '$1', expected --open-clip, --source, --dest, --force or --help" ;;
     esac
 done
 [[ $SOURCE =~ ^(auto|git|pypi)$ ]] || fail "found --source $SOURCE, expected auto, git or pypi"
 
-# A new tree is built in $work and moved into place when it is complete.
 DEST=$(realpath -m "$DEST")
+present=$(open_clip_version "$DEST")
+OPEN_CLIP_VERSION=${OPEN_CLIP_VERSION:-${present:-pinned}}
+use_open_clip "$OPEN_CLIP_VERSION" ||
+    fail "found --open-clip $OPEN_CLIP_VERSION, expected pinned or 3.3"
+
+# A new tree is built in $work and moved into place when it is complete.
 [ ! -d "$OPEN_CLIP_REPO" ] || OPEN_CLIP_REPO=$(realpath "$OPEN_CLIP_REPO")
 mkdir -p "$(dirname "$DEST")"
 work=$(mktemp -d "$DEST.tmp-XXXXXX")
@@ -112,13 +118,13 @@ commit() { # commit TREE OPTION …: print the id of a commit, the same for the 
 # --- the patched tree -----------------------------------------------------------------------------
 patched_tree() ( # print the id of $base's files with open_clip.patch, configs/ and dr/ applied
     export GIT_INDEX_FILE=$work/index # the tree's own index stays as it is
-    mkdir -p "$work/ours/src/training"
+    mkdir -p "$work/ours/src/$TRAINER"
     cp -r "$ROOT/configs" "$work/ours/"
-    cp -r "$ROOT/dr" "$work/ours/src/training/"
+    cp -r "$ROOT/dr" "$work/ours/src/$TRAINER/"
     find "$work/ours" -name __pycache__ -prune -exec rm -rf {} +
     git read-tree "$base"
-    git apply --cached --whitespace=nowarn "$ROOT/open_clip.patch" ||
-        fail "open_clip.patch does not apply (git's message is above)"
+    git apply --cached --whitespace=nowarn "$ROOT/$PATCH" ||
+        fail "$PATCH does not apply (git's message is above)"
     git -c core.sparseCheckout=false --work-tree="$work/ours" add -f --no-all .
     git write-tree --missing-ok
 )
@@ -150,9 +156,9 @@ update() { # bring the tree in the current folder up to date and set $changed, o
         "does not have commit $OPEN_CLIP_COMMIT; choose another --dest, $or_force"
     while read -r blob path; do
         found=$(git rev-parse -q --verify "$base:$path") || found="no such file"
-        [ "$found" = "$blob" ] || fail "$path is not the pinned commit's: found $found," \
+        [ "$found" = "$blob" ] || fail "$path is not that of commit $OPEN_CLIP_COMMIT: found $found," \
             "expected $blob; check OPEN_CLIP_REPO and OPEN_CLIP_COMMIT, or use another --source"
-    done <<<"$PINNED_BLOBS"
+    done <<<"$BLOBS"
     [ ! -d .git/dr-setup ] || adopt
     [ "$(git rev-parse HEAD)" = "$base" ] || [ "$(git log -1 --format='%P %ce')" = "$base $ME" ] ||
         fail "$DEST is at a commit that this script did not make, '$(git log -1 --format=%s)';" \
@@ -176,6 +182,8 @@ update() { # bring the tree in the current folder up to date and set $changed, o
 if [ -z "$force" ] && [ -n "$(ls -A "$DEST" 2>/dev/null)" ]; then
     [ -d "$DEST/.git" ] || fail "$DEST exists and is not a clone of OpenCLIP (no .git folder in" \
         "it); choose another --dest, $or_force"
+    [[ -z $present || $present = "$OPEN_CLIP_VERSION" ]] || fail "$DEST has OpenCLIP ($present)," \
+        "not $OPEN_CLIP_VERSION; choose another --dest, $or_force"
     cd "$DEST"
     update
     [ -n "$changed" ] || { say "$DEST (from $SOURCE) is already right, left alone"; exit; }
@@ -187,8 +195,8 @@ if [ "$SOURCE" = auto ]; then
     SOURCE=git
     timeout "$REACH_SECONDS" git ls-remote -q "$OPEN_CLIP_REPO" HEAD >/dev/null 2>"$work/why" || {
         [ -s "$work/why" ] || echo "no answer within $REACH_SECONDS s" >"$work/why"
-        say "can't reach $OPEN_CLIP_REPO ($(head -1 "$work/why")): using the wheels of" \
-            "open_clip_torch 2.26.1 and 2.24.0 from PyPI instead"
+        say "can't reach $OPEN_CLIP_REPO ($(head -1 "$work/why")): using the wheels" \
+            "$(printf '%s\n' "${WHEELS[@]%:*}" | sort -u | paste -sd ' ' -) from PyPI instead"
         SOURCE=pypi
     }
 fi
@@ -203,4 +211,4 @@ if [ -n "$(ls -A "$DEST" 2>/dev/null)" ]; then
     say "kept the old content, logs included, as $old"
 fi
 mv -T "$work/tree" "$DEST"
-say "made $DEST from $SOURCE"
+say "made $DEST (OpenCLIP $OPEN_CLIP_VERSION) from $SOURCE"

@@ -13,10 +13,10 @@ case ${1:-} in -h | --help) sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' scripts/te
 
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source scripts/environment.sh
-use_environment quickstart,test
+use_environment quickstart,evaluate,export,test
 
 ruff check .
 ruff format --check .
 shellcheck -x scripts/*.sh configs/*.sh .ci/run
 mypy
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"

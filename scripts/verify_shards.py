@@ -1,16 +1,18 @@
 """Check whether training can use joined shards, before days of GPU time: all samples, or some.
 
     python scripts/verify_shards.py datasets/DataCompDR-12M/shards --workers 8
+    python scripts/verify_shards.py --dataset dfndr12m --part 0.01
     python scripts/verify_shards.py 'DIR/{00000000..00001023}.tar' --part 0.01 --teachers
 
 The script checks each sample with training's own code: required members, captions, augmentation
 parameters, row counts and widths of embeddings. It also checks what one visit of training may not
 touch: that the image can be decoded, that all crop boxes are inside it, that all embeddings are
-finite, and that each teacher's block has unit length (to 1e-3; bfloat16: 1e-2). Synthetic captions
-of single letters are bad, too. A bad sample counts once, under the first problem found. Each shard
-must be a whole tar, and contain as many samples as the sizes.json in its folder says. With --part
-or --samples, all headers are read, but only the contents of the chosen samples. The choice depends
-on --seed and the uid alone. Members with unknown extensions are counted.
+finite, and that each teacher's block has unit length (to 1e-3; bfloat16: 1e-2). All lists of
+synthetic captions are checked; a list of single letters is bad, too. A bad sample counts once,
+under the first problem found. Each shard must be a whole tar, and contain as many samples as the
+sizes.json in its folder says. With --part or --samples, all headers are read, but only the contents
+of the chosen samples. The choice depends on --seed and the uid alone. Members with unknown
+extensions are counted.
 
 A table shows how much of the pictures the boxes of a sample cover together. Boxes for pictures of
 another size cover too little, or go beyond the picture; if most do, the shards are not usable.
@@ -46,6 +48,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import torch
 from lib.config import DEFAULT_CONFIG, ReinforcementConfig, read_config
 from lib.crop_boxes import DIRECTIONS, CropBoxes, judge, merge_counts
+from lib.datasets import DATASETS, add_dataset_option, describe_datasets
 from lib.pool import run_all
 from lib.publish import publish_json
 from lib.report import printable, run_command
@@ -67,10 +70,12 @@ from dr.sample import (
     USED_MEMBERS,
     BadSample,
     augmentation_parameters,
-    caption,
+    count_originals,
     decode_image,
     embeddings,
     first_member,
+    original_captions,
+    read_caption_lists,
     select,
     synthetic_captions,
 )
@@ -111,7 +116,7 @@ class Sample(NamedTuple):
         position: in its shard.
         uid: its key.
         members: those that training uses, by extension.
-        about: its json, which training does not use.
+        about: its json, in which a download may have recorded the size of the picture.
     """
 
     rank: float
@@ -126,6 +131,48 @@ class Sample(NamedTuple):
             return read_json_object(self.about) if self.about else {}
         except (ValueError, RecursionError):
             return {}
+
+
+class Layout(NamedTuple):
+    """What is stored with a sample.
+
+    Attributes:
+        augmentations: their number, A.
+        originals: number of original captions, C.
+        lists: number of synthetic captions of each list, by key.
+        width: of an embedding, all teachers together.
+        precision: of the embeddings.
+    """
+
+    augmentations: int
+    originals: int
+    lists: tuple[tuple[str, int], ...]
+    width: int
+    precision: str
+
+    @property
+    def synthetic(self) -> int:
+        return sum(count for _, count in self.lists)
+
+    def __str__(self) -> str:
+        original = f"{self.originals} original and " if self.originals > 1 else ""
+        lists = ", ".join(f"{count} under {key}" for key, count in self.lists)
+        lists = f" ({lists})" if [key for key, _ in self.lists] != ["syn_text"] else ""
+        return (
+            f"{self.augmentations} augmentations, {original}{self.synthetic} synthetic "
+            f"captions{lists}, embeddings {self.width} wide, {self.precision}"
+        )
+
+    def to_json(self, samples: int) -> dict[str, Any]:
+        return {
+            "augmentations": self.augmentations,
+            "original_captions": self.originals,
+            "synthetic_captions": self.synthetic,
+            "lists": dict(self.lists),
+            "width": self.width,
+            "precision": self.precision,
+            "samples": samples,
+        }
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -172,7 +219,7 @@ def check_sample(
     crops: Compose,
     dimensions: list[int],
     measure: Callable[[Image.Image, list[dict]], None],
-) -> tuple[int, int, int, str]:
+) -> Layout:
     """Check all of a sample that can be checked without its teachers.
 
     Args:
@@ -183,15 +230,16 @@ def check_sample(
         measure: called with an image of the picture's size, and the parameters.
 
     Returns:
-        its layout: numbers of augmentations and of synthetic captions, width, precision.
+        its layout.
 
     Raises:
         BadSample: training could not use it, or something that it could sample from it.
     """
     select(sample, compose, RandomChoice(), width=sum(dimensions))  # training's own checks
-    synthetic = synthetic_captions(sample)
-    if all(len(text.strip()) == 1 for text in synthetic):
-        raise BadSample("one-letter captions", f"syn_text is {synthetic}"[:200])
+    lists = read_caption_lists(sample)
+    for key, synthetic in lists.items():
+        if all(len(text.strip()) == 1 for text in synthetic):
+            raise BadSample("one-letter captions", f"{key} is {synthetic}"[:200])
     parameters, stored = augmentation_parameters(sample), embeddings(sample)
     try:
         params = [compose.decompress(entry) for entry in parameters]
@@ -216,9 +264,10 @@ def check_sample(
             crops.reapply(blank, entry)
         except ValueError as error:
             raise BadSample("crop box outside the image", error) from error
-    image_emb, text_emb = stored["image_emb"], stored["text_emb"]
+    image_emb = stored["image_emb"]
     precision = str(image_emb.dtype).removeprefix("torch.")
-    return len(image_emb), len(text_emb) - 1, image_emb.shape[1], precision
+    counts = tuple((printable(key, 80), len(captions)) for key, captions in lists.items())
+    return Layout(len(image_emb), count_originals(sample), counts, image_emb.shape[1], precision)
 
 
 @dataclass(frozen=True)
@@ -332,12 +381,12 @@ def embed_sample(
 
     Yields:
         for each teacher its number, ``image`` and rows ``[A, D_k]``, then with ``text`` and rows
-        ``[1 + S, D_k]``.
+        ``[C + S, D_k]``.
     """
     from lib.teachers import to_bytes
 
-    img, captions = decode_image(members), [caption(members), *synthetic_captions(members)]
-    stored = augmentation_parameters(members)
+    img, stored = decode_image(members), augmentation_parameters(members)
+    captions = [*original_captions(members), *synthetic_captions(members)]
     for number, (teacher, crop) in enumerate(zip(teachers, crops, strict=True)):
         images = [to_bytes(crop.reapply(img, crop.decompress(entry))[0]) for entry in stored]
         chunks = torch.stack(images).split(EMBED_AT_ONCE)
@@ -419,11 +468,8 @@ def describe_row(found: dict[str, Any]) -> str:
 def format_report(report: dict[str, Any]) -> str:
     read, bad = report["read"], report["bad"]
     lines = [f"{report['shards']:,} shards, {report['samples']:,} samples, {read:,} of them read"]
-    for (augmentations, synthetic, width, precision), number in report["layouts"].most_common(5):
-        lines.append(
-            f"  {number:,} with {augmentations} augmentations, {synthetic} synthetic captions, "
-            f"embeddings {width} wide, {precision}"
-        )
+    for layout, number in report["layouts"].most_common(5):
+        lines.append(f"  {number:,} with {layout}")
     rows = [("usable", read - bad.total()), *bad.most_common()]
     width = max(len(label) for label, _ in rows)
     lines += ["", f"{'':<{width}}  {'samples':>11}  {'share':>8}  first"]
@@ -514,7 +560,8 @@ def find_shards(given: Sequence[str]) -> list[tuple[str, int | None]]:
     if not any(os.path.isfile(shard) for shard in shards):
         raise SystemExit(
             f"no shards in {' '.join(given)}: expected a folder with joined shards (*.tar), or a "
-            "brace pattern of them; scripts/join_datacompdr12m.sh makes them"
+            "brace pattern of them; scripts/join_datacompdr12m.sh or scripts/join_shards.py "
+            "--dataset makes them"
         )
     sizes = {folder: read_sizes_or_exit(folder) for folder in {Path(s).parent for s in shards}}
     return [(shard, sizes[Path(shard).parent].get(Path(shard).name)) for shard in shards]
@@ -529,13 +576,20 @@ def read_sizes_or_exit(folder: Path) -> dict[str, int]:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=describe_datasets("joined"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     text = "folder of joined shards, or a pattern such as 'DIR/{00000000..00001023}.tar'"
-    add("shards", nargs="+", metavar="SHARDS", help=text)
-    text = f"config that the set was reinforced with; default configs/{DEFAULT_CONFIG.name}"
-    add("--config", type=Path, default=DEFAULT_CONFIG, help=text)
+    add("shards", nargs="*", metavar="SHARDS", help=text)
+    text = "data set whose joined shards and config are the defaults of SHARDS and --config"
+    add_dataset_option(parser, text)
+    text = (
+        "config that the set was reinforced with; default: that of --dataset, or "
+        f"configs/{DEFAULT_CONFIG.name}"
+    )
+    add("--config", type=Path, help=text)
     some = parser.add_mutually_exclusive_group()
     text = "read this share of the samples, for example 0.01"
     some.add_argument("--part", type=float, metavar="SHARE", help=text)
@@ -556,6 +610,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--min-cosine", type=float, default=0.98, metavar="C", help=text)
     add("--report", type=Path, metavar="FILE", help="write all results to this file, as JSON")
     args = parser.parse_args(arguments)
+    dataset = DATASETS[args.dataset] if args.dataset else None
+    args.config = args.config or (dataset.config_path if dataset else DEFAULT_CONFIG)
+    args.shards = args.shards or ([str(dataset.joined.path())] if dataset else [])
+    if not args.shards:
+        parser.error("expected SHARDS or --dataset")
     if args.part is not None and not 0 < args.part <= 1:
         parser.error(f"--part {args.part:g}: expected a share, over 0 and at most 1")
     for option in ("samples", "workers", "embed"):
@@ -615,11 +674,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problems = find_problems(report, args)
     print(format_report(report))
     if args.report:
-        fields = ("augmentations", "synthetic_captions", "width", "precision", "samples")
-        layouts = [
-            dict(zip(fields, (*layout, number), strict=True))
-            for layout, number in report["layouts"].items()
-        ]
+        layouts = [layout.to_json(number) for layout, number in report["layouts"].items()]
         written = {**report, "layouts": layouts, "usable": not problems, "wrong": problems}
         publish_json(args.report, {"arguments": vars(args), **written})
     if problems:

@@ -6,16 +6,20 @@ micro-batches, and the relative difference of the logit scale's gradient.
 """
 
 import json
+import os
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import open_clip
 import torch
-from training.dr.batch import Batch
-from training.dr.loss import create_loss
-from training.dr.params import register_model
-from training.params import parse_args
-from training.train import train_one_epoch
+
+TRAINER = os.environ["TRAINER"]
+Batch = import_module(f"{TRAINER}.dr.batch").Batch
+create_loss = import_module(f"{TRAINER}.dr.loss").create_loss
+register_model = import_module(f"{TRAINER}.dr.params").register_model
+parse_args = import_module(f"{TRAINER}.params").parse_args
+train_one_epoch = import_module(f"{TRAINER}.train").train_one_epoch
 
 BATCH, PARTS, WIDTH = 12, 3, 10
 

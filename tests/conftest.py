@@ -1,5 +1,4 @@
-"""What several tests share: a patched OpenCLIP tree, the same tree unpatched, and an old
-webdataset."""
+"""What several tests share: patched OpenCLIP trees, such a tree unpatched, and an old webdataset."""
 
 import os
 import shutil
@@ -13,7 +12,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(tree=None, *more_paths, **variables):
-    """This process's environment with a tree's sources (and others before them) on PYTHONPATH."""
+    """This process's environment with a tree's sources (and others before them) on PYTHONPATH.
+
+    TRAINER is the name of the tree's trainer package.
+    """
+    if tree:
+        variables = {"TRAINER": trainer(tree), **variables}
     paths = [str(path) for path in (*more_paths, *([tree / "src"] if tree else []))]
     return {
         **os.environ,
@@ -24,6 +28,11 @@ def environment(tree=None, *more_paths, **variables):
     }
 
 
+def trainer(tree):
+    """The name of the trainer package, which depends on OpenCLIP's version."""
+    return next(name for name in ("training", "open_clip_train") if (tree / "src" / name).is_dir())
+
+
 def run(command, timeout=300, **kwargs):
     """Run a command to its end and return it; output as text."""
     return subprocess.run(
@@ -31,24 +40,39 @@ def run(command, timeout=300, **kwargs):
     )
 
 
-@pytest.fixture(scope="session")
-def tree(tmp_path_factory):
-    """A patched tree, from $OPEN_CLIP_REPO where that is set, else from the wheels."""
-    dest = tmp_path_factory.mktemp("tree") / "open_clip"
+def make_tree(version, folder):
+    """Make a patched tree, from $OPEN_CLIP_REPO where that is set, else from the wheels."""
     source = "git" if os.environ.get("OPEN_CLIP_REPO") else "pypi"
-    done = run(
-        ["bash", ROOT / "scripts" / "setup_open_clip.sh", "--source", source, "--dest", dest],
-        env=environment(),
-    )
+    options = ["--open-clip", version, "--source", source, "--dest", folder / "open_clip"]
+    done = run(["bash", ROOT / "scripts" / "setup_open_clip.sh", *options], env=environment())
     assert done.returncode == 0, done.stderr
-    return dest
+    return folder / "open_clip"
+
+
+@pytest.fixture(scope="session")
+def pinned_tree(tmp_path_factory):
+    """A patched tree of the pinned commit, for what does not depend on OpenCLIP's version."""
+    return make_tree("pinned", tmp_path_factory.mktemp("pinned"))
+
+
+@pytest.fixture(scope="session")
+def release_tree(tmp_path_factory):
+    """A patched tree of release 3.3."""
+    return make_tree("3.3", tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="session", params=["pinned", "3.3"])
+def tree(request):
+    """A patched tree. Each test that uses it runs on both versions of OpenCLIP."""
+    return request.getfixturevalue("pinned_tree" if request.param == "pinned" else "release_tree")
 
 
 @pytest.fixture(scope="session")
 def unpatched_tree(tree, tmp_path_factory):
     dest = tmp_path_factory.mktemp("unpatched")
     shutil.copytree(tree / "src", dest / "src", ignore=shutil.ignore_patterns("dr", "__pycache__"))
-    subprocess.run(["git", "apply", "--reverse", ROOT / "open_clip.patch"], check=True, cwd=dest)
+    patch = "open_clip.patch" if trainer(tree) == "training" else "open_clip_v3.patch"
+    subprocess.run(["git", "apply", "--reverse", ROOT / patch], check=True, cwd=dest)
     return dest
 
 

@@ -1,5 +1,5 @@
-"""A small Hugging Face Hub on 127.0.0.1 for the tests: what huggingface_hub asks of data set
-repositories, over HTTP.
+"""A small Hugging Face Hub on 127.0.0.1 for the tests: what huggingface_hub asks of data set and
+model repositories, over HTTP.
 
     with hub_server({"apple/DataCompDR-12M": folder}) as hub:
         run(command, env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")})
@@ -23,17 +23,20 @@ without the query), ``range`` (the Range header or None), ``headers`` (lower-cas
 
 Answers: /api/datasets/REPO[/revision/REV], …/tree/REV[/PATH], …/paths-info/REV, and HEAD and GET of
 /datasets/REPO/resolve/REV/PATH, with Range. Works with snapshot_download, hf_hub_download, HfApi
-and HfFileSystem. Files other than TEXT have LFS metadata, as shards have on the Hub. Leaves out:
-pages of a listing, Xet, writing, and commits other than the present one.
+and HfFileSystem. Files other than TEXT have LFS metadata, as shards have on the Hub. Model repositories
+have the same routes without /datasets. A model repository whose folder is in ``repos`` can be
+created and written, so upload_folder works: text in the commit, other files by LFS. Leaves out:
+pages of a listing, Xet, writing of data sets, and commits other than the present one.
 """
 
+import base64
 import contextlib
 import functools
 import hashlib
 import json
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -43,8 +46,10 @@ from huggingface_hub.repocard import metadata_load
 PIECE = 1 << 16  # bytes that are sent at once
 TEXT = (".md", ".json", ".jsonl", ".txt", ".gitattributes")  # stored in git itself, without LFS
 ROUTE = re.compile(
-    r"/api/datasets/(?P<repo>[^/]+/[^/]+)(?:/(?P<call>revision|tree|paths-info)/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?"
-    r"|/datasets/(?P<repo2>[^/]+/[^/]+)/(?P<resolve>resolve)/(?P<rev2>[^/]+)/(?P<path2>.+)"
+    r"/api/(?:datasets|models)/(?P<repo>[^/]+/[^/]+)"
+    r"(?:/(?P<call>revision|tree|paths-info|preupload|commit)/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?"
+    r"|(?:/datasets)?/(?P<repo2>[^/]+/[^/]+)/(?P<resolve>resolve)/(?P<rev2>[^/]+)/(?P<path2>.+)"
+    r"|/(?P<repo4>[^/]+/[^/]+)[.]git/info/lfs/objects/(?P<batch>batch)"
     r"|/cdn/(?P<repo3>[^/]+/[^/]+)/(?P<path3>.+)"
 )
 
@@ -72,6 +77,8 @@ class Hub:
     requests: list
     closing: threading.Event
     url: str = ""
+    uploads: dict = field(default_factory=dict)  # bytes by SHA-256
+    created: list = field(default_factory=list)  # requests for repositories
 
     def gets(self, name=""):
         """The GETs of a file, answered by bytes of it."""
@@ -127,6 +134,12 @@ def entry_of(folder, path):
     return about
 
 
+def choose_mode(about):
+    """How huggingface_hub is to upload a file."""
+    mode = "regular" if about["path"].endswith(TEXT) else "lfs"
+    return {"path": about["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None}
+
+
 def etag_of(about):
     return about["lfs"]["oid"] if "lfs" in about else about["oid"]
 
@@ -152,13 +165,20 @@ class Handler(BaseHTTPRequestHandler):
         self.request_seen = Request(self.command, path, headers.get("range"), headers)
         self.hub.requests.append(self.request_seen)
         body = self.rfile.read(int(headers.get("content-length", 0)))
+        if self.command == "PUT" and path.startswith("/lfs/"):
+            self.hub.uploads[path.removeprefix("/lfs/")] = body
+            return self.answer({})
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
         route = ROUTE.fullmatch(url.path)
         if not route:
             return self.refuse(404, "NotFound", "Not Found")
         found = {
             name: unquote(value) for name, value in route.groupdict().items() if value is not None
         }
-        repo = found.get("repo") or found.get("repo2") or found["repo3"]
+        repo = found.get("repo") or found.get("repo2") or found.get("repo3") or found["repo4"]
         name = found.get("path") or found.get("path2") or found.get("path3") or ""
         if self.hub.token is not None and "path3" not in found:
             given = headers.get("authorization")
@@ -177,6 +197,12 @@ class Handler(BaseHTTPRequestHandler):
         if "resolve" in found or "path3" in found:
             return self.answer_file(repo, folder, name, commit, redirected="path3" in found)
         call = found.get("call")
+        if "batch" in found:
+            return self.answer(self.accept_uploads(json.loads(body)))
+        if call == "preupload":
+            return self.answer({"files": [choose_mode(file) for file in json.loads(body)["files"]]})
+        if call == "commit":
+            return self.commit(folder, body)
         if call in (None, "revision"):
             return self.answer(self.about(repo, folder, commit))
         if call == "tree":
@@ -197,7 +223,48 @@ class Handler(BaseHTTPRequestHandler):
             ]
         return self.answer([entry_of(folder, path) for path in paths])
 
-    do_GET = do_HEAD = do_POST = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    # --- writing ----------------------------------------------------------------------------------
+    def create(self, asked):
+        repo = f"{asked['organization']}/{asked['name']}"
+        if self.hub.token is not None and self.given_token() != self.hub.token:
+            return self.refuse(401, None, "Invalid credentials in Authorization header")
+        if repo not in self.hub.repos:
+            return self.refuse(403, None, f"No rights to create {repo}")
+        self.hub.created.append(asked)
+        Path(self.hub.repos[repo]).mkdir(parents=True, exist_ok=True)
+        return self.answer({"url": f"{self.hub.url}/{repo}", "name": repo})
+
+    def given_token(self):
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+
+    def accept_uploads(self, asked):
+        return {
+            "transfer": "basic",
+            "objects": [
+                {**about, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{about['oid']}"}}}
+                for about in asked["objects"]
+            ],
+        }
+
+    def commit(self, folder, body):
+        for line in map(json.loads, body.splitlines()):
+            about = line["value"]
+            if line["key"] == "file":
+                data = base64.b64decode(about["content"])
+            elif line["key"] == "lfsFile":
+                data = self.hub.uploads[about["oid"]]
+                assert hashlib.sha256(data).hexdigest() == about["oid"]
+            else:
+                continue
+            path = folder / about["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        commit = commit_of(folder)
+        return self.answer(
+            {"commitUrl": f"{self.hub.url}/x/y/commit/{commit}", "commitOid": commit}
+        )
 
     def about(self, repo, folder, commit):
         card = folder / "README.md"

@@ -7,11 +7,16 @@ Prints, as JSON, digests of the first batches and the losses of every step.
 import hashlib
 import json
 import logging
+import os
 import sys
+from importlib import import_module
 
 import open_clip
 import torch
-from training import data, main, params
+
+data, main, params = (
+    import_module(f"{os.environ['TRAINER']}.{name}") for name in ("data", "main", "params")
+)
 
 # The trainer's sample shuffle is seeded by the clock: without it, what is left is what has to be
 # the same.

@@ -21,12 +21,15 @@ import os
 import signal
 import sys
 import time
+from importlib import import_module
 
 import open_clip
 import torch
 import torch.distributed as dist
-from training import main, train
-from training.dr import checkpoint
+
+main, train, checkpoint = (
+    import_module(f"{os.environ['TRAINER']}.{name}") for name in ("main", "train", "dr.checkpoint")
+)
 
 rank = int(os.environ.get("RANK", 0))
 

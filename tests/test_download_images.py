@@ -423,6 +423,22 @@ def kill_and_run_again(folders, server):
 # DataCompDR-1B, and shards that fail
 
 
+def test_a_data_set_by_name_takes_the_urls_from_whichever_shards_have_them(folders, server):
+    data = encode(picture(3))
+    folders.write("00000000.tar", [(3, server.add("/by-name", data), data)])
+    write_shard(folders.captions / "00000000.tar", [(uid(3), {"txt": b"a caption"})])
+    settings = {
+        "DFNDR12M_CAPTIONS_PATH": folders.captions,
+        "DFNDR12M_NOIMG_PATH": folders.reinforcements,
+        "DFNDR12M_IMAGES_PATH": folders.images,
+    }
+    environ = environment(no_proxy="127.0.0.1", **{k: str(v) for k, v in settings.items()})
+    done = run(folders.command("--dataset", "dfndr12m"), timeout=INSTALLING, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert folders.downloaded("00000000.tar")[uid(3)]["jpg"]
+    assert folders.report()["unverified"] == 0
+
+
 def test_shards_of_1b_get_their_folders_and_a_bad_one_fails_alone(folders, server):
     body = encode(picture(4))
     page = server.add("/flaky", body, first_status=503)

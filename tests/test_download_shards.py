@@ -315,7 +315,7 @@ def test_answer_that_does_not_end_is_ended_soon_after_the_files_size(place, monk
         monkeypatch.setattr(download_shards, "hf_hub_url", lambda *_, **__: url)
         download_shards.stream(listed, come.append, threading.Event())
         assert 1000 < sum(come) < SIZE // 2
-        with pytest.raises(download_shards.DownloadError, match="not what the Hub lists"):
+        with pytest.raises(download_shards.HubError, match="not what the Hub lists"):
             download_shards.check(listed, come.append)
     assert sum(come) == 0 and not partials(place.captions)
 

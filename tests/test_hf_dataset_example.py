@@ -10,13 +10,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import draw_sample
 import numpy as np
 import pytest
 import torch
 from hub_server import hub_server
 from image_server import serving
-from lib import http_image
+from lib import draw_sample, http_image
 from lib.reinforcement import Reinforcement
 from PIL import Image, ImageOps
 from shards import encode, picture, stored_embeddings, uid, write_shard

@@ -40,10 +40,10 @@ def data(tmp_path_factory):
     }
 
 
-def train(tree, folder, data, model, **settings):
+def train(pinned_tree, folder, data, model, **settings):
     """The log of a run of two steps, and the losses of the steps."""
     done = run(
-        ["bash", tree / "configs" / "run_datacompdr12m.sh", *MODELS[model]],
+        ["bash", pinned_tree / "configs" / "run_datacompdr12m.sh", *MODELS[model]],
         timeout=900,
         cwd=folder,
         env=environment(
@@ -78,16 +78,16 @@ def train(tree, folder, data, model, **settings):
 @pytest.mark.slow
 @pytest.mark.models
 @pytest.mark.parametrize("model", MODELS)
-def test_two_steps_of_a_model(tree, data, tmp_path, model):
-    log, losses = train(tree, tmp_path, data, model, GRAD_CHECKPOINTING="0")
+def test_two_steps_of_a_model(pinned_tree, data, tmp_path, model):
+    log, losses = train(pinned_tree, tmp_path, data, model, GRAD_CHECKPOINTING="0")
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert losses[1] <= losses[0]
     assert f"  model: {model}" in log
 
 
 @pytest.mark.slow
-def test_two_processes_with_accumulation_and_checkpointing(tree, data, tmp_path):
+def test_two_processes_with_accumulation_and_checkpointing(pinned_tree, data, tmp_path):
     settings = {"NUM_PROCESSES": "2", "ACCUM_FREQ": "2", "GLOBAL_BATCH": "8"}
-    _, losses = train(tree, tmp_path, data, "MobileCLIP-S1", **settings)
+    _, losses = train(pinned_tree, tmp_path, data, "MobileCLIP-S1", **settings)
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert losses[1] <= losses[0]

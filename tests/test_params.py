@@ -77,6 +77,10 @@ REFUSED = [
     ("--remote-sync s3://bucket/runs", ["--remote-sync s3://bucket/runs", "aws", "not installed"]),
     ("--model nowhere/model.json", ["no model config file nowhere/model.json"]),
     ("--model MobileCLIP3-S9", ["OpenCLIP has no model MobileCLIP3-S9", "open_clip_torch 3.2 and newer", "found 3."]),
+    (
+        "--model ViT-B-16 --pretrained nowhere.pt",
+        ["--pretrained nowhere.pt: there is no such file", "no weights of this name for ViT-B-16", "openai, "],
+    ),
     ("--use-bn-sync", ["--use-bn-sync works on GPUs only"]),
     (f"{GOOD} --distill-logit-bias -10", ["--distill-logit-bias", "sigmoid"]),
     (f"{GOOD} --dataset-reinforcement-syn-text-key-regex (", ["key-regex (: expected a regular expression"]),
@@ -97,6 +101,8 @@ ACCEPTED = [
     f"{GOOD} --dataset-without-replacement --max-skipped-fraction 0.5",
     "--model coca_ViT-B-32",
     "--model MobileCLIP2-S4",
+    "--model ViT-B-16 --pretrained openai",
+    "--model MobileCLIP-S1 --pretrained datacompdr",
     f"{GOOD} --dataset-reinforcement-sample-sequential --dataset-reinforcement-filter-image-size 64",
     "--pretrained {mobileclip_s1.pt}",
     "--pretrained {mobileclip_s1.pt} --image-mean 0 0 0 --image-std 1 1 1 --image-interpolation bilinear",
@@ -112,8 +118,8 @@ ACCEPTED = [
     f"--dataset-reinforcement --dataset-reinforcement-config {CONFIG} --distill-loss-weights 1 0",
 ]
 PARSE = """
-import contextlib, io, json, sys
-from training.params import parse_args
+import contextlib, importlib, io, json, os, sys
+parse_args = importlib.import_module(os.environ["TRAINER"] + ".params").parse_args
 for line in json.loads(sys.stdin.read()):
     said = io.StringIO()
     try:

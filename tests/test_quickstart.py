@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT, run
@@ -10,10 +12,10 @@ from conftest import ROOT, run
 pytestmark = pytest.mark.slow
 
 
-def test_the_fast_quickstart_walks_the_whole_path_and_may_be_run_again(tree, tmp_path):
+def test_the_fast_quickstart_walks_the_whole_path_and_may_be_run_again(pinned_tree, tmp_path):
     environ = {
         **os.environ,
-        "OPEN_CLIP": str(tree),
+        "OPEN_CLIP": str(pinned_tree),
         "WORK": str(tmp_path),
         "PYTHON": sys.executable,
     }
@@ -58,6 +60,19 @@ def test_the_fast_quickstart_walks_the_whole_path_and_may_be_run_again(tree, tmp
         (work / "datasets" / "DataCompDR-12M" / "shards" / "sizes.json").read_text()
     )
     assert sum(joined.values()) == 96
+
+    # The reinforced student is evaluated and exported, and the printed lines of Python load it.
+    (line,) = (work / "logs" / "student-reinforced" / "evaluation" / "results.jsonl").open()
+    assert json.loads(line)["dataset"] == "wds/held_out" and json.loads(line)["samples"] == 20
+    assert {"open_clip_config.json", "image_encoder.onnx", "README.md"} <= {
+        path.name for path in (work / "model").iterdir()
+    }
+    assert re.search(r"^ONNX .* 16/16$", done.stdout, re.MULTILINE)
+    snippet = re.search(
+        r"^  import open_clip\n.*?^  print.*?$", done.stdout, re.DOTALL | re.MULTILINE
+    )
+    ranked = run([sys.executable, "-c", textwrap.dedent(snippet[0])], cwd=tmp_path)
+    assert ranked.returncode == 0 and "a photo of a dog" in ranked.stdout, ranked.stderr
 
     last = work / "logs" / "student-baseline" / "checkpoints" / "epoch_2.pt"
     trained = last.stat().st_mtime_ns

@@ -5,34 +5,63 @@ import re
 import shlex
 import sys
 
+import open_clip
 import pytest
 from conftest import ROOT, environment, run
+from lib.config import DEFAULT_CONFIG, read_config
+from lib.teachers import teacher_dimensions
 from shards import write_shard
 
-RECIPES = ["run_datacomp12m.sh", "run_datacompdr12m.sh", "run_datacompdr1B.sh"]
+RECIPES = [
+    "run_datacomp12m.sh",
+    "run_datacompdr12m.sh",
+    "run_datacompdr1B.sh",
+    "run_dfndr12m.sh",
+    "run_dfndr2b.sh",
+]
+CONFIGS = {
+    "run_datacompdr12m.sh": "datacompdr12m.json",
+    "run_datacompdr1B.sh": "datacompdr1b.json",
+    "run_dfndr12m.sh": "dfndr12m.json",
+    "run_dfndr2b.sh": "dfndr2b.json",
+}
 COMMON = (
     "--save-frequency 1 --ddp-static-graph --local-loss --gather-with-grad --grad-checkpointing "
-    "--warmup 1000 --dataset-type webdataset --precision amp --workers 4 --model ViT-B-16 "
+    "--warmup 1000 --dataset-type webdataset --precision amp --workers 4 "
     "--lr 1.e-3 --seed 0 --accum-freq 1 "
     "--log-every-n-steps 20 --beta2 0.95 --wd 0.2 --dataset-resampled --grad-clip-norm 1.0 "
     "--imagenet-val ./imagenet_validation --zeroshot-frequency 1 --report-to wandb "
     "--wandb-project-name mobileclip"
 )
 DISTILLED = (
-    "--dataset-reinforcement --distill-logit-scale 100 --distill-teacher-dimension 768 768 "
-    "--distill-average-after-softmax"
+    "--dataset-reinforcement --distill-teacher-dimension 768 768 --distill-average-after-softmax"
+)
+DATACOMPDR, DFNDR = (
+    f"{DISTILLED} --distill-logit-scale 100",
+    f"{DISTILLED} --distill-logit-scale 70 60",
 )
 PUBLISHED = {
-    "run_datacomp12m.sh": (1, 8192 * 30_000 // 20, 20, 1024, "--save-most-recent"),
+    "run_datacomp12m.sh": (1, 8192 * 30_000 // 20, 20, 1024, "--model ViT-B-16 --save-most-recent"),
     "run_datacompdr12m.sh": (
         4, 8192 * 30_000 // 20, 20, 256,
-        f"--save-most-recent {DISTILLED} --distill-loss-weights 0.0 1.0",
+        f"--model ViT-B-16 --save-most-recent {DATACOMPDR} --distill-loss-weights 0.0 1.0",
     ),
     "run_datacompdr1B.sh": (
         16, 65536 * 200_000 // 100, 100, 512,
-        f"--resume latest {DISTILLED} --distill-loss-weights 0.25 0.75",
+        f"--model ViT-B-16 --resume latest {DATACOMPDR} --distill-loss-weights 0.25 0.75",
+    ),
+    "run_dfndr12m.sh": (
+        4, 8192 * 30_000 // 20, 20, 256,
+        f"--model MobileCLIP-B --save-most-recent {DFNDR} --distill-loss-weights 0.0 1.0",
+    ),
+    "run_dfndr2b.sh": (
+        16, 65536 * 200_000 // 100, 100, 512,
+        f"--model MobileCLIP-B --resume latest {DFNDR} --distill-loss-weights 0.0 1.0 "
+        "--dataset-reinforcement-syn-text-key-regex ^syn_text_dfn_mscoco38k$",
     ),
 }  # fmt: skip
+# The names of DFNDR-2B's shards are not published, so DATA must be set.
+DATA = {"run_dfndr2b.sh": {"DATA": "dfndr2b/{0000..0001}.tar"}}
 # A machine of 8 GPUs: answers what the scripts ask of Python, and prints torchrun's command line.
 SHIM = """#!/usr/bin/env bash
 case "$*" in
@@ -62,9 +91,11 @@ def machine(tree, tmp_path):
     shim = tmp_path / "python"
     shim.write_text(SHIM.format(python=sys.executable))
     shim.chmod(0o755)
-    for name in ("DataComp-12M/shards/{}", "DataCompDR-12M/shards/{}"):
+    for name in ("DataComp-12M", "DataCompDR-12M", "DFNDR-12M"):
         for shard in ("00000000.tar", "00001023.tar"):
-            write_shard(tree.parent / "datasets" / name.format(shard), [])
+            write_shard(tree.parent / "datasets" / name / "shards" / shard, [])
+    for shard in ("0000.tar", "0001.tar"):
+        write_shard(tmp_path / "dfndr2b" / shard, [])
     for shard in ("00/00000000.tar", "65/00000535.tar"):
         write_shard(tree.parent / "datasets" / "DataCompDR-1B" / shard, [])
     (tmp_path / "imagenet_validation").mkdir()
@@ -75,6 +106,7 @@ def machine(tree, tmp_path):
 @pytest.mark.parametrize("script", RECIPES)
 def test_as_it_stands_a_script_starts_the_published_recipe(tree, machine, script):
     environ, folder = machine
+    environ.update(DATA.get(script, {}))
     done = run(["bash", tree / "configs" / script], env=environ, cwd=folder)
     assert done.returncode == 0, done.stderr
     nodes, samples, epochs, local_batch, more = PUBLISHED[script]
@@ -95,6 +127,8 @@ def test_as_it_stands_a_script_starts_the_published_recipe(tree, machine, script
             "run_datacompdr12m.sh": f"{datasets}/DataCompDR-12M/shards/{{00000000..00001023}}.tar",
             "run_datacompdr1B.sh": f"{datasets}/DataCompDR-1B/"
             "{{00..64}/{00000000..00000999},65/{00000000..00000535}}.tar",
+            "run_dfndr12m.sh": f"{datasets}/DFNDR-12M/shards/{{00000000..00001023}}.tar",
+            "run_dfndr2b.sh": "dfndr2b/{0000..0001}.tar",
         }[script]
     ]
     if nodes == 1:
@@ -105,10 +139,7 @@ def test_as_it_stands_a_script_starts_the_published_recipe(tree, machine, script
         timeouts = dict(pair.split("=") for pair in given["--rdzv-conf"][0].split(","))
         assert timeouts and all(int(seconds) >= 3000 for seconds in timeouts.values())
         config = given["--dataset-reinforcement-config"][0]
-        assert os.path.samefile(
-            config,
-            tree / "configs" / ("datacompdr12m.json" if "12m" in script else "datacompdr1b.json"),
-        )
+        assert os.path.samefile(config, tree / "configs" / CONFIGS[script])
 
 
 def test_one_gpu_needs_no_rendezvous_and_arguments_are_passed_on(tree, machine):
@@ -143,7 +174,7 @@ def test_one_gpu_needs_no_rendezvous_and_arguments_are_passed_on(tree, machine):
 @pytest.mark.parametrize("script", RECIPES)
 def test_a_dry_run_prints_the_command_that_would_run(tree, machine, script):
     environ, folder = machine
-    environ.update(NAME="a name", MODEL="it's")
+    environ.update(NAME="a name", MODEL="it's", **DATA.get(script, {}))
     command = ["bash", tree / "configs" / script, "--debug"]
     printed = run(command, env={**environ, "DRY_RUN": "1"}, cwd=folder)
     assert printed.returncode == 0 and printed.stderr == ""
@@ -177,6 +208,7 @@ def test_sampling_without_replacement_and_step_checkpoints_are_a_setting_away(
         "SAMPLING": "without-replacement",
         "SAVE_EVERY_N_STEPS": "500",
         "MAX_SKIPPED_FRACTION": "0.02",
+        **DATA.get(script, {}),
     }
     done = run(["bash", tree / "configs" / script], env={**environ, **changes}, cwd=folder)
     given = arguments(done.stdout)
@@ -206,6 +238,7 @@ def test_loss_weights_of_the_1b_recipe_are_those_published_for_the_model(tree, m
         ({"NUM_GPUS": "16"}, "needs 16 GPUs a node, and this machine has 8"),
         ({"GLOBAL_BATCH": "100"}, "GLOBAL_BATCH=100 is not a multiple of 32"),
         ({"IMAGENET_VAL": "nowhere"}, "no folder IMAGENET_VAL=nowhere"),
+        ({"EVAL_DATA": "held_out/{0..1}.tar"}, "no shard held_out/0.tar of EVAL_DATA=held_out/"),
         ({"DATASETS": "nowhere"}, "no training shard nowhere/DataCompDR-12M/shards/00000000.tar"),
         ({"DATASETS": "nowhere"}, "scripts/join_datacompdr12m.sh"),
         ({"DATA": "other/{0..3}.tar"}, "no training shard other/0.tar"),
@@ -219,6 +252,29 @@ def test_what_is_missing_is_reported_before_torchrun_starts(tree, machine, chang
     done = run(["bash", tree / "configs" / "run_datacompdr12m.sh"], env=environ, cwd=folder)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+def test_dfndr_2b_needs_data_and_a_dry_run_does_not(tree, machine):
+    environ, folder = machine
+    script = ["bash", tree / "configs" / "run_dfndr2b.sh"]
+    done = run(script, env=environ, cwd=folder)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: DATA is not set") and "not published" in done.stderr
+    printed = run(script, env={**environ, "DRY_RUN": "1"}, cwd=folder)
+    assert printed.returncode == 0 and "warning: DATA is not set" in printed.stderr
+    assert "--train-data" in printed.stdout and "no training shard" not in printed.stderr
+
+
+@pytest.mark.parametrize(("name", "augmentations"), [("dfndr12m", 30), ("dfndr2b", 2)])
+def test_configs_of_dfndr_name_the_published_teachers(name, augmentations):
+    config = read_config(ROOT / "configs" / f"{name}.json")
+    repositories = [open_clip.get_pretrained_cfg(*teacher)["hf_hub"] for teacher in config.teachers]
+    assert [repository.strip("/") for repository in repositories] == [
+        "apple/DFN2B-CLIP-ViT-L-14",
+        "apple/DFN2B-CLIP-ViT-L-14-39B",
+    ]
+    assert teacher_dimensions(config) == [768, 768] and config.augmentations == augmentations
+    assert list(config.augmentation) == list(read_config(DEFAULT_CONFIG).augmentation)
 
 
 def test_an_experiment_that_exists_is_not_started_again(tree, machine):
@@ -263,4 +319,5 @@ def test_help_says_what_it_does_and_needs_and_lists_all_settings(script):
     settings = {
         name for text in texts for name in re.findall(r"^([A-Z0-9_]+)=\$\{\1:?-", text, re.M)
     }
+    assert len(re.findall(r"^  MODEL=", done.stdout, re.MULTILINE)) == 1
     assert listed == settings and {"NUM_NODES", "DATA", "LR", "IMAGENET_VAL"} < listed

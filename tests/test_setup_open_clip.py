@@ -26,7 +26,16 @@ PINNED_BLOBS = {
     "src/training/train.py": "a48a3459390ea986b56a46a720ae2921e9f9c3d3",
     "src/training/main.py": "94496999f4ced80927499ebdb26dfed19d77bbc1",
 }
-SETTINGS = ("SOURCE", "DEST", "OPEN_CLIP_REPO", "OPEN_CLIP_COMMIT")
+RELEASE_BLOBS = {
+    "src/open_clip/factory.py": "971354b3964fc77ceefbdda445c2141096fe94e7",
+    "src/open_clip/loss.py": "722e77a7c2e34a9342f110455a73171b4e8bcbb7",
+    "src/open_clip_train/data.py": "07b9fee961d211eeb0c60c0fbd595a3a0ba12518",
+    "src/open_clip_train/params.py": "1fdc2b28dfd00fd83c2bc6b564d8cc5fe60cc66a",
+    "src/open_clip_train/train.py": "d842820f6a5995fd91254ed54699360273a13177",
+    "src/open_clip_train/main.py": "715631c18b34491a7f9fe6d99922ec4f3643913d",
+}
+RELEASE = "30573618fc375b12f094ef64cb3a1391cf611c45"  # v3.3.0
+SETTINGS = ("SOURCE", "DEST", "OPEN_CLIP_REPO", "OPEN_CLIP_COMMIT", "OPEN_CLIP_VERSION")
 
 
 class Project:
@@ -40,8 +49,10 @@ class Project:
         for folder in ("configs", "dr"):
             shutil.copytree(ROOT / folder, root / folder, ignore=leave)
         (root / "scripts").mkdir()
-        for file in ("open_clip.patch", "scripts/setup_open_clip.sh", "scripts/make_patch.sh"):
-            shutil.copy(ROOT / file, root / file)
+        for name in ("setup_open_clip", "make_patch", "open_clip_versions"):
+            shutil.copy(ROOT / "scripts" / f"{name}.sh", root / "scripts")
+        for name in ("open_clip.patch", "open_clip_v3.patch"):
+            shutil.copy(ROOT / name, root)
 
     def run(self, script: str, *args: str, ok: bool = True, **settings: str) -> str:
         env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
@@ -91,9 +102,9 @@ def contents(tree: Path) -> dict[str, bytes]:
     return {path: data for path, (data, _) in files(tree).items()}
 
 
-def unpatched_blobs(tree: Path) -> dict[str, str]:
+def unpatched_blobs(tree: Path, paths=PINNED_BLOBS) -> dict[str, str]:
     """Of the commit below the patched one."""
-    return {path: git(tree, "rev-parse", f"HEAD^:{path}").strip() for path in PINNED_BLOBS}
+    return {path: git(tree, "rev-parse", f"HEAD^:{path}").strip() for path in paths}
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +112,15 @@ def pypi_project(tmp_path_factory) -> Project:
     """A project with its tree made from the wheels; not to be altered."""
     project = Project(tmp_path_factory.mktemp("pypi"))
     assert "from pypi" in project.setup("--source", "pypi")
+    return project
+
+
+@pytest.fixture(scope="session")
+def release_project(tmp_path_factory) -> Project:
+    """A project with its tree of release 3.3 made from the wheel; not to be altered."""
+    project = Project(tmp_path_factory.mktemp("release"))
+    output = project.setup("--open-clip", "3.3", "--source", "pypi")
+    assert "(OpenCLIP 3.3) from pypi" in output
     return project
 
 
@@ -142,18 +162,53 @@ def again(project: Project, *args: str, **kwargs) -> str:
     )
 
 
-def test_wheels_hold_the_pinned_files_and_the_patch_applies(pypi_project):
-    tree = pypi_project.tree
-    assert unpatched_blobs(tree) == PINNED_BLOBS
+@pytest.mark.parametrize("version", ["pinned", "3.3"])
+def test_wheels_hold_the_files_of_the_commit_and_the_patch_applies(request, version):
+    pinned = version == "pinned"
+    project = request.getfixturevalue("pypi_project" if pinned else "release_project")
+    tree, trainer = project.tree, "training" if pinned else "open_clip_train"
+    blobs = PINNED_BLOBS if pinned else RELEASE_BLOBS
+    patch = project.root / ("open_clip.patch" if pinned else "open_clip_v3.patch")
+    assert unpatched_blobs(tree, blobs) == blobs
     assert git(tree, "status", "--porcelain") == ""
     changed = git(tree, "diff", "--name-status", "HEAD^", "HEAD").splitlines()
-    patched = re.findall(r"^diff --git a/(\S+)", pypi_project.patch.read_text(), re.MULTILINE)
+    patched = re.findall(r"^diff --git a/(\S+)", patch.read_text(), re.MULTILINE)
     assert {line[2:] for line in changed if line.startswith("M\t")} == set(patched)
     added = {line[2:] for line in changed if line.startswith("A\t")}
-    assert {re.match(r"configs/|src/training/dr/", path)[0] for path in added} == {
+    assert {re.match(rf"configs/|src/{trainer}/dr/", path)[0] for path in added} == {
         "configs/",
-        "src/training/dr/",
+        f"src/{trainer}/dr/",
     }
+    assert "is what the tree has" in project.make_patch("--check")
+
+
+def test_a_tree_keeps_its_version_until_forced(release_project, tmp_path):
+    project = Project(tmp_path)
+    shutil.copytree(release_project.tree, project.tree, symlinks=True)
+    assert "already right" in project.setup()  # without --open-clip: the version of the tree
+    before = files(project.tree)
+    said = project.setup("--open-clip", "pinned", "--source", "pypi", ok=False)
+    assert "has OpenCLIP (3.3), not pinned" in said and "--force" in said
+    assert files(project.tree) == before
+    said = project.setup("--source", "pypi", "--force", OPEN_CLIP_VERSION="pinned")
+    assert "kept the old content" in said and unpatched_blobs(project.tree) == PINNED_BLOBS
+    assert "expected pinned or 3.3" in project.setup("--open-clip", "4", ok=False)
+
+
+def test_the_commands_for_release_3_3_can_be_typed_by_hand(release_project, tmp_path):
+    shutil.copytree(release_project.root, tmp_path / "p", ignore=shutil.ignore_patterns(".git"))
+    shutil.rmtree(tmp_path / "p" / "open_clip")
+    git(tmp_path, "clone", "-q", "--no-checkout", str(release_project.tree), "p/open_clip")
+    git(tmp_path / "p" / "open_clip", "tag", "v3.3.0", "HEAD^")
+    typed = """
+        cd open_clip
+        git checkout -q v3.3.0
+        git apply ../open_clip_v3.patch
+        cp ../configs ./ -r
+        cp ../dr ./src/open_clip_train/ -r
+    """
+    subprocess.run(["bash", "-ec", typed], cwd=tmp_path / "p", check=True)
+    assert contents(tmp_path / "p" / "open_clip") == contents(release_project.tree)
 
 
 @pytest.mark.parametrize("kind", ["path", "address", "bare", "partial"])
@@ -415,12 +470,17 @@ def test_make_patch_check_fails_after_an_edit_and_writes_nothing(from_git):
     assert "already right" in again(from_git)
 
 
-def test_the_pinned_commit_itself(project):
+@pytest.mark.parametrize("version", ["pinned", "3.3"])
+def test_the_commit_itself(project, version):
     repo = os.environ.get("OPEN_CLIP_REPO")
     if not repo:
-        pytest.skip("OPEN_CLIP_REPO is not set to a repository that has OpenCLIP's pinned commit")
-    assert "from git" in project.setup("--source", "git", OPEN_CLIP_REPO=repo)
-    assert unpatched_blobs(project.tree) == PINNED_BLOBS
+        pytest.skip("OPEN_CLIP_REPO is not set to a repository that has OpenCLIP's commits")
+    said = project.setup("--open-clip", version, "--source", "git", OPEN_CLIP_REPO=repo)
+    assert "from git" in said
+    blobs = PINNED_BLOBS if version == "pinned" else RELEASE_BLOBS
+    assert unpatched_blobs(project.tree, blobs) == blobs
+    if version == "3.3":
+        assert git(project.tree, "rev-parse", "HEAD^").strip() == RELEASE
     assert not (project.tree / "docs").exists()
     project.make_patch("--check")
     assert "already right" in project.setup(OPEN_CLIP_REPO="/nonexistent")

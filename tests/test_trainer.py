@@ -14,6 +14,7 @@ import pytest
 import sampling_coverage
 import torch
 from conftest import ROOT, environment, run
+from safetensors.torch import save_file
 from shards import AUGMENTATION, encode, picture, uid, write_reinforced_shards, write_shard
 
 from dr.tar import group_members
@@ -83,9 +84,8 @@ def test_two_processes_train_with_reinforcements_and_validate_without(
     tree, config, shards, accum_freq, tmp_path
 ):
     first = shards.replace("{00000000..00000003}", "00000000")
-    given = {"DISTILL_LOSS_WEIGHTS": "0.25 0.75", "ACCUM_FREQ": accum_freq}
-    environ = settings(tree, config, shards, tmp_path, **given)
-    done = train(tree, environ, "--val-data", first, "--val-num-samples", "24")
+    given = {"DISTILL_LOSS_WEIGHTS": "0.25 0.75", "ACCUM_FREQ": accum_freq, "EVAL_DATA": first}
+    done = train(tree, settings(tree, config, shards, tmp_path, **given))
     assert done.returncode == 0, done.stderr[-3000:]
     text = log(tmp_path)
     assert (
@@ -95,7 +95,11 @@ def test_two_processes_train_with_reinforcements_and_validate_without(
     for name in ("epoch_1.pt", "epoch_2.pt", "epoch_latest.pt"):
         assert state(tmp_path / "run" / "checkpoints" / name)["optimizer"]
     lines = (tmp_path / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["num_samples"] for line in lines] == [24, 24]
+    evaluated = [json.loads(line) for line in lines]
+    assert [found["num_samples"] for found in evaluated] == [24, 24]
+    for direction in ("image_to_text", "text_to_image"):
+        for found in evaluated:
+            assert 0 <= found[f"{direction}_R@1"] <= found[f"{direction}_R@5"] <= 1
 
 
 def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, tmp_path):
@@ -143,11 +147,13 @@ def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, t
     assert steps == {4 * (reached + 1)}
 
 
-def test_the_recipe_runs_on_webdataset_0_2_86_too(tree, config, shards, tmp_path, old_webdataset):
-    environ = settings(tree, config, shards, tmp_path, old_webdataset, ITERATIONS=4)
+def test_the_recipe_runs_on_webdataset_0_2_86_too(
+    pinned_tree, config, shards, tmp_path, old_webdataset
+):
+    environ = settings(pinned_tree, config, shards, tmp_path, old_webdataset, ITERATIONS=4)
     version = [sys.executable, "-c", "import webdataset; print(webdataset.__version__)"]
     assert run(version, env=environ).stdout.strip() == "0.2.86"
-    done = train(tree, environ)
+    done = train(pinned_tree, environ)
     assert done.returncode == 0, done.stderr[-3000:]
     assert log(tmp_path).count("Distill_loss") == 4
 
@@ -190,37 +196,45 @@ def test_accumulating_micro_batches_equals_one_batch_of_their_sum(tree, config):
     assert difference["worst"] < 1e-4 and difference["logit_scale"] < 1e-4
 
 
-def test_a_checkpoint_with_numpy_scalars_resumes(tree, config, shards, tmp_path):
+def test_a_checkpoint_with_numpy_scalars_resumes(pinned_tree, config, shards, tmp_path):
     """As the unpatched trainer leaves them: the learning rate is a NumPy number."""
     import numpy as np
 
-    environ = settings(tree, config, shards, tmp_path, CHECKPOINTS=1, ITERATIONS=2)
-    assert train(tree, environ).returncode == 0
+    environ = settings(pinned_tree, config, shards, tmp_path, CHECKPOINTS=1, ITERATIONS=2)
+    assert train(pinned_tree, environ).returncode == 0
     latest = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
     checkpoint = state(latest)
     for group in checkpoint["optimizer"]["param_groups"]:
         group["lr"] = np.float64(group["lr"])
     torch.save(checkpoint, latest)
-    done = train(tree, {**environ, "CHECKPOINTS": "2", "ITERATIONS": "4"}, "--resume", "latest")
+    done = train(
+        pinned_tree, {**environ, "CHECKPOINTS": "2", "ITERATIONS": "4"}, "--resume", "latest"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert state(latest)["epoch"] == 2
 
 
-def test_wrong_teacher_dimensions_stop_the_run_naming_both_sides(tree, config, shards, tmp_path):
+def test_wrong_teacher_dimensions_stop_the_run_naming_both_sides(
+    pinned_tree, config, shards, tmp_path
+):
     done = train(
-        tree,
-        settings(tree, config, shards, tmp_path, DISTILL_TEACHER_DIMENSION="8 8", NUM_PROCESSES=1),
+        pinned_tree,
+        settings(
+            pinned_tree, config, shards, tmp_path, DISTILL_TEACHER_DIMENSION="8 8", NUM_PROCESSES=1
+        ),
     )
     assert done.returncode != 0
     assert "12 wide, expected 16 by --distill-teacher-dimension" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["run_datacomp12m.sh", "run_datacompdr12m.sh"])
-def test_shards_without_images_stop_the_run(tree, config, tmp_path, script):
+def test_shards_without_images_stop_the_run(pinned_tree, config, tmp_path, script):
     members = {"txt": b"a caption", "json": b"{}"}
     shard = write_shard(tmp_path / "00000000.tar", [(uid(seed), members) for seed in range(30)])
     done = train(
-        tree, settings(tree, config, shard, tmp_path / "logs", NUM_PROCESSES=1), script=script
+        pinned_tree,
+        settings(pinned_tree, config, shard, tmp_path / "logs", NUM_PROCESSES=1),
+        script=script,
     )
     assert done.returncode != 0
     assert (
@@ -290,8 +304,8 @@ def test_what_is_unlocked_trains_with_checkpointing_too(tree):
 
 
 REENTRANT = """
-import sys
-from training import main
+import importlib, os, sys
+main = importlib.import_module(os.environ["TRAINER"] + ".main")
 main.set_grad_checkpointing = lambda args, model: model.set_grad_checkpointing()
 main.main(sys.argv[1:])
 """
@@ -299,27 +313,27 @@ main.main(sys.argv[1:])
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_an_unlocked_block_without_a_gradient_stops_the_run_and_is_named(
-    tree, config, shards, tmp_path, tower
+    pinned_tree, config, shards, tmp_path, tower
 ):
     """With reentrant checkpointing, as the trainer would use without us."""
     lock = {f"lock_{tower}": True, "grad_checkpointing": True, "lock_text_freeze_layer_norm": True}
     lock |= {"lock_image_unlocked_groups": 2, "lock_text_unlocked_layers": 1}
     given = sampling_coverage.options(shards, config, tmp_path, **lock)
-    done = run([sys.executable, "-c", REENTRANT, *given], env=environment(tree))
+    done = run([sys.executable, "-c", REENTRANT, *given], env=environment(pinned_tree))
     assert done.returncode == 1
     block = ("visual." if tower == "image" else "") + "transformer.resblocks.0"
     assert f"error: {block}: unlocked, but without a gradient in the first step" in done.stderr
 
 
-def test_a_run_is_resumed_from_the_remote_copy(tree, config, shards, tmp_path):
+def test_a_run_is_resumed_from_the_remote_copy(pinned_tree, config, shards, tmp_path):
     remote = f"file://{tmp_path / 'remote'}"
     options = ["--remote-sync", remote, "--remote-sync-protocol", "fsspec", "--resume", "latest"]
-    environ = settings(tree, config, shards, tmp_path / "logs", NUM_PROCESSES=1)
-    done = train(tree, environ, *options)
+    environ = settings(pinned_tree, config, shards, tmp_path / "logs", NUM_PROCESSES=1)
+    done = train(pinned_tree, environ, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     shutil.rmtree(tmp_path / "logs")  # as on another machine
     environ |= {"CHECKPOINTS": "3", "ITERATIONS": "12"}
-    done = train(tree, environ, *options)
+    done = train(pinned_tree, environ, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     text = log(tmp_path / "logs")
     assert "epoch_2.pt' (epoch 2)" in text and "Start epoch 2" in text
@@ -327,8 +341,10 @@ def test_a_run_is_resumed_from_the_remote_copy(tree, config, shards, tmp_path):
 
 
 GROUP = """
-import json, sys
-from training.data import group_by_keys_nothrow
+import importlib, json, os, sys
+group_by_keys_nothrow = importlib.import_module(
+    os.environ["TRAINER"] + ".data"
+).group_by_keys_nothrow
 for names in json.load(sys.stdin):
     files = ({"fname": name, "data": 0, "__url__": "u"} for name in names)
     samples = list(group_by_keys_nothrow(files))
@@ -336,13 +352,15 @@ for names in json.load(sys.stdin):
 """
 
 
-def test_samples_are_grouped_as_openclip_groups_them(tree):
+def test_samples_are_grouped_as_openclip_groups_them(pinned_tree):
     """Also where an extension comes twice, on which webdataset's own grouping raises."""
     rng = random.Random(0)
     words = ["a.jpg", "a.JPG", "a.json", "b.json", "b.syn.json", "d.e/a.txt", "d/.a", "a", "c.txt"]
     shards = [[rng.choice(words) for _ in range(rng.randrange(1, 30))] for _ in range(200)]
     shards += [["k.jpg", "k.json", "k.json", "k.txt"], ["a.jpg", "b.json", "a.txt"]]
-    done = run([sys.executable, "-c", GROUP], input=json.dumps(shards), env=environment(tree))
+    done = run(
+        [sys.executable, "-c", GROUP], input=json.dumps(shards), env=environment(pinned_tree)
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for names, line in zip(shards, done.stdout.splitlines(), strict=True):
         found = group_members((name, 0) for name in names)
@@ -364,3 +382,107 @@ def test_a_run_takes_exactly_the_iterations_that_it_was_given(
     assert steps == [3, 3, 3, 1, 0]
     rates = [float(rate) for rate in re.findall(r" LR: ([\d.e-]+) ", text)]
     assert len(rates) == 10 and rates[1] == max(rates) and rates[-1] < 0.1 * rates[1]
+
+
+def test_released_weights_bring_their_preprocessing(tree, config, shards, tmp_path):
+    """A model trained with mean 0, std 1 and bilinear resizing, as MobileCLIP-S1 was, has the same
+    figures after its training and loaded as weights; also from a run script, from safetensors."""
+    for number, name in enumerate(("n01440764", "n01443537")):
+        (tmp_path / "imagenet" / name).mkdir(parents=True)
+        for seed in range(4):
+            picture(8 * number + seed).save(tmp_path / "imagenet" / name / f"{seed}.jpg")
+    first = shards.replace("{00000000..00000003}", "00000000")
+    model = [
+        *("--model", MODEL, "--precision", "fp32", "--dist-backend", "gloo", "--logs", tmp_path),
+        *("--val-data", first, "--val-num-samples", 24, "--dataset-type", "webdataset"),
+        *("--imagenet-val", tmp_path / "imagenet", "--workers", 1, "--batch-size", 8),
+    ]
+    own = [*("--image-mean", *"000", "--image-std", *"111"), *("--image-interpolation", "bilinear")]
+
+    def figures(name, *options):
+        done = run(
+            [sys.executable, ROOT / "tests" / "zero_shot.py", *model, "--name", name, *options],
+            env=environment(tree),
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (tmp_path / name / "checkpoints" / "results.jsonl").read_text().splitlines()
+        found = json.loads(lines[-1])
+        found.pop("epoch")
+        assert {"imagenet-zeroshot-val-top1", "clip_val_loss", "image_to_text_R@1"} <= found.keys()
+        return found
+
+    options = [*("--train-num-samples", 96, "--epochs", 1), *("--warmup", 1, "--lr", 1e-2)]
+    trained = figures("trained", "--train-data", shards, *options, "--dataset-resampled", *own)
+    weights = state(tmp_path / "trained" / "checkpoints" / "epoch_1.pt")["state_dict"]
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    released = tmp_path / "mobileclip_s1.pt"
+    torch.save(weights, released)
+    safe = released.with_suffix(".safetensors")
+    save_file(weights, safe)
+    assert figures("loaded", "--pretrained", released) == trained
+    assert figures("safe", "--pretrained", safe) == trained
+    other = figures(
+        "other", "--pretrained", safe, "--ignore-pretrained-statistics", *("--image-mean", *"001")
+    )
+    assert other["clip_val_loss"] != trained["clip_val_loss"]
+
+    environ = settings(
+        tree, config, shards, tmp_path, NAME="tuned", PRETRAINED=safe, ITERATIONS=2, LR=0
+    )
+    done = train(tree, environ, "--val-data", first, "--val-num-samples", "24")
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = log(tmp_path, "tuned")
+    assert "image_mean: [0.0, 0.0, 0.0]" in text and "image_interpolation: bilinear" in text
+    lines = (tmp_path / "tuned" / "checkpoints" / "results.jsonl").read_text().splitlines()
+    tuned = json.loads(lines[-1])
+    assert tuned["clip_val_loss"] == pytest.approx(trained["clip_val_loss"], rel=1e-5)
+    assert tuned["image_to_text_R@1"] == trained["image_to_text_R@1"]
+
+
+# --- release 3.3 ----------------------------------------------------------------------------------
+def find_losses(logs, name, epoch):
+    lines = [line for line in log(logs, name).splitlines() if f"Train Epoch: {epoch} " in line]
+    return [float(re.search(r" Loss: ([\d.]+)", line)[1]) for line in lines]
+
+
+def test_release_3_3_trains_compiled_and_with_timm_optimizers(
+    release_tree, config, shards, tmp_path
+):
+    """Two processes, with gradient checkpointing, which is the run scripts' default."""
+    for name, options in {
+        "as it is": [],
+        "compiled": ["--torchcompile"],
+        "timm": ["--opt", "timm/adamw", "--precision", "amp_bfloat16"],
+    }.items():
+        environ = settings(
+            release_tree, config, shards, tmp_path, NAME=name, ITERATIONS=2, CHECKPOINTS=1
+        )
+        environ |= {"SAMPLING": "without-replacement", "WORKERS": "2"}
+        done = train(release_tree, environ, *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected = find_losses(tmp_path, "as it is", 0)
+    assert len(expected) == 2
+    assert find_losses(tmp_path, "compiled", 0) == pytest.approx(expected, rel=1e-4)
+    assert find_losses(tmp_path, "timm", 0) == pytest.approx(expected, rel=2e-2)  # bfloat16
+    assert "AdamW (timm/adamw) optimizer" in log(tmp_path, "timm")
+    states = [
+        state(tmp_path / name / "checkpoints" / "epoch_1.pt") for name in ("as it is", "compiled")
+    ]
+    assert states[0]["state_dict"].keys() == states[1]["state_dict"].keys()
+
+
+@pytest.mark.parametrize("first", ["pinned", "3.3"])
+def test_a_checkpoint_of_one_version_resumes_in_the_other(
+    pinned_tree, release_tree, config, shards, tmp_path, first
+):
+    trees = [pinned_tree, release_tree] if first == "pinned" else [release_tree, pinned_tree]
+    given = {"NUM_PROCESSES": 1, "ITERATIONS": 4, "SAMPLING": "without-replacement"}
+    environ = settings(trees[0], config, shards, tmp_path, NAME="first", **given)
+    done = train(trees[0], environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    environ = settings(trees[1], config, shards, tmp_path, NAME="second", **given)
+    done = train(trees[1], environ, "--resume", tmp_path / "first" / "checkpoints" / "epoch_1.pt")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = find_losses(tmp_path, "first", 1)
+    assert len(expected) == 2 and find_losses(tmp_path, "second", 0) == []
+    assert find_losses(tmp_path, "second", 1) == pytest.approx(expected, rel=1e-4)

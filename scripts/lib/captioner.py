@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-from .teachers import load_model, read_preprocessing
+from .models import load_model_or_exit
 
 ROUNDS = 5  # in which blank and repeated captions are drawn again
 
@@ -54,7 +53,8 @@ class Captioner:
 
     def __init__(self, name: str, pretrained: str, device: torch.device, precision: str) -> None:
         self.device, self.autocast = device, precision == "bf16"
-        self.model, self.tokenizer = load_model("captioner", name, pretrained, device)
+        loaded = load_model_or_exit("captioner", name, pretrained, device)
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
         if not hasattr(self.model, "generate"):
             raise SystemExit(
                 f"error: the captioner {name} is a {type(self.model).__name__} without generate: "
@@ -66,9 +66,7 @@ class Captioner:
                 f"{type(self.tokenizer).__name__}: expected OpenCLIP's SimpleTokenizer"
             )
         self.max_tokens: int = self.model.context_length
-        preprocessing, size = read_preprocessing(self.model, pretrained)
-        fields = PreprocessCfg(size=size, **preprocessing._asdict())
-        self.preprocess: Callable[[Any], Tensor] = image_transform_v2(fields, is_train=False)
+        self.preprocess: Callable[[Any], Tensor] = loaded.make_transform()
         self.start, self.end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
 
     @torch.inference_mode()

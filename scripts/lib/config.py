@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from dr.transforms import Compose, compose_from_config
 
-from . import ROOT
+from .datasets import DATASETS
 from .shards import describe_type
 
 HUB = "hf-hub:"  # OpenCLIP's prefix of models on the Hub, whose repositories hold the weights
-DEFAULT_CONFIG = ROOT / "configs" / "datacompdr12m.json"
+DEFAULT_CONFIG = DATASETS["datacompdr12m"].config_path
 
 
 class ReinforcementConfig(NamedTuple):

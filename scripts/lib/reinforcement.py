@@ -12,7 +12,10 @@ from dr.sample import (
     BadSample,
     augmentation_parameters,
     check_members,
+    count_originals,
     embeddings,
+    has_originals,
+    original_captions,
     synthetic_captions,
 )
 from dr.transforms import Compose
@@ -23,6 +26,7 @@ from .teachers import teacher_dimensions
 STORED = {
     name: REINFORCED_MEMBERS[name] for name in REINFORCED_MEMBERS if name not in PLAIN_MEMBERS
 }
+NO_CAPTION = "(not in this shard: the join adds the original caption)"
 UNIT_TOLERANCE = 0.02  # of an embedding's length; bfloat16 is off by up to 0.004
 
 
@@ -48,7 +52,7 @@ class Reinforcement(NamedTuple):
             members: of the sample, by extension.
 
         Returns:
-            ``[K, 1 + S, A]``, the original caption first.
+            ``[K, C + S, A]``, the C original captions first.
 
         Raises:
             BadSample: reinforcements are missing, or their embeddings are not those of the sample.
@@ -58,7 +62,7 @@ class Reinforcement(NamedTuple):
         stored = embeddings(members)
         rows = {
             "image_emb": len(augmentation_parameters(members)),
-            "text_emb": 1 + len(synthetic_captions(members)),
+            "text_emb": count_originals(members) + len(synthetic_captions(members)),
         }
         blocks = []
         for name, expected in rows.items():
@@ -80,6 +84,11 @@ class Reinforcement(NamedTuple):
                 f"{lengths.min():.3f} to {lengths.max():.3f}; --teacher-dimension sets the widths",
             )
         return torch.stack([texts @ images.T for images, texts in zip(*blocks, strict=True)])
+
+
+def describe_originals(members: dict[str, bytes]) -> list[str]:
+    """The original captions, or a remark in the place of a caption that the shard does not have."""
+    return original_captions(members) if has_originals(members) else [NO_CAPTION]
 
 
 def read_reinforcement(path: Path, widths: list[int] | None = None) -> Reinforcement:

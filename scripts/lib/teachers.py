@@ -1,22 +1,18 @@
-"""OpenCLIP models by name and weights; teachers, which embed augmented images and captions."""
+"""Teachers: OpenCLIP models that embed augmented images and captions, named by a config."""
 
-import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import open_clip
-import safetensors.torch
 import torch
 from torch.nn.functional import normalize
 
-from dr import checkpoint
 from dr.transforms import Compose, to_normalized
-from dr.weights import Preprocessing, find_preprocessing, register_model
+from dr.weights import register_model
 
-from .config import HUB, ReinforcementConfig
-from .report import printable
+from .config import ReinforcementConfig
+from .models import load_model_or_exit
 
 MAX_COSINE_DISTANCE = 1e-3  # of an embedding in two batches of different size
 
@@ -34,7 +30,7 @@ class Teacher:
 
     Attributes:
         size: height and width of the images that it takes, in pixels.
-        preprocessing: normalisation statistics and interpolation of its images.
+        preprocessing: of its images: ``mean``, ``std``, ``interpolation`` and further fields.
         logit_scale: that it has learned.
         logit_bias: likewise, of a teacher with a sigmoid loss (SigLIP); None: it has none.
     """
@@ -42,16 +38,15 @@ class Teacher:
     def __init__(self, name: str, pretrained: str, device: torch.device, precision: str) -> None:
         self.name, self.pretrained = name, pretrained
         self.device, self.autocast = device, precision == "bf16"
-        model, self.tokenizer = load_model("teacher", name, pretrained, device)
-        self.logit_scale = float(model.logit_scale.detach().exp())
-        bias = getattr(model, "logit_bias", None)
+        loaded = load_model_or_exit("teacher", name, pretrained, device)
+        self.tokenizer, self.size = loaded.tokenizer, loaded.size
+        self.preprocessing = loaded.preprocessing
+        self.statistics = torch.tensor([list(self.preprocessing[n]) for n in ("mean", "std")])
+        self.logit_scale = float(loaded.model.logit_scale.detach().exp())
+        bias = getattr(loaded.model, "logit_bias", None)
         self.logit_bias = None if bias is None else float(bias.detach())
-        if precision == "pure_bf16":
-            model = model.to(torch.bfloat16)
-        self.model = model
         self.dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
-        self.preprocessing, self.size = read_preprocessing(model, pretrained)
-        self.statistics = torch.tensor([self.preprocessing.mean, self.preprocessing.std])
+        self.model = loaded.model.to(self.dtype)
 
     @torch.inference_mode()
     def embed(
@@ -113,7 +108,7 @@ class Teacher:
             "model_name": self.name,
             "pretrained": self.pretrained,
             "input_size": list(self.size),
-            **self.preprocessing._asdict(),
+            **{name: self.preprocessing[name] for name in ("mean", "std", "interpolation")},
             "context_length": getattr(self.tokenizer, "context_length", None),
             "dimension": self.measure_dimension(),
             "logit_scale": self.logit_scale,
@@ -143,7 +138,7 @@ def adapt_crops(
             )
     own = _end_with_bytes(config.without_normalization())
     crop = own.transforms["random_resized_crop"]
-    wanted = [(teacher.size, teacher.preprocessing.interpolation) for teacher in teachers]
+    wanted = [(teacher.size, teacher.preprocessing["interpolation"]) for teacher in teachers]
     sizes = sorted({size for size, _ in wanted})
     if teachers and crop.size not in sizes:
         takes = [f"{teacher.name} takes {list(teacher.size)}" for teacher in teachers]
@@ -172,118 +167,6 @@ def _end_with_bytes(compose: Compose) -> Compose:
 def to_bytes(image: Any) -> torch.Tensor:
     """A PIL image as uint8 ``[H, W, 3]``; a tensor as it is."""
     return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
-
-
-def load_model(kind: str, name: str, pretrained: str, device: torch.device) -> tuple[Any, Any]:
-    """A model in evaluation mode and its tokenizer.
-
-    Args:
-        kind: what it is, for messages.
-        name, pretrained, device: see :class:`Teacher`.
-
-    Raises:
-        SystemExit: it cannot be loaded.
-    """
-    part = ""
-    try:
-        model_name, model = _create_model(name, pretrained, device)
-        part = "the tokenizer of "
-        tokenizer = open_clip.get_tokenizer(model_name)
-    except Exception as error:  # of any kind: OpenCLIP's, the Hub's, or torch's
-        line = printable(str(error).strip().partition("\n")[0], 600)
-        found = "" if isinstance(error, _LoadError) else f"{type(error).__name__}: "
-        raise SystemExit(
-            f"error: {part}the {kind} {' '.join(filter(None, (name, pretrained)))} can't be "
-            f"loaded: {found}{line}"
-        ) from None
-    return model.eval(), tokenizer
-
-
-def read_preprocessing(model: Any, pretrained: str) -> tuple[Preprocessing, tuple[int, int]]:
-    """How a model's images are preprocessed, and their height and width."""
-    fields = model.visual.preprocess_cfg
-    size = fields["size"]
-    found = find_preprocessing(pretrained) if os.path.isfile(pretrained) else None
-    if found is None:
-        mean, std = tuple(fields["mean"]), tuple(fields["std"])
-        found = Preprocessing(mean, std, fields.get("interpolation", "bicubic"))
-    return found, (size, size) if isinstance(size, int) else tuple(size)
-
-
-class _LoadError(Exception):
-    """Why a model cannot be loaded, in a line for people."""
-
-
-def _create_model(name: str, pretrained: str, device: torch.device) -> tuple[str, Any]:
-    """A model and its name in OpenCLIP's registry."""
-    if name.startswith(HUB):  # config and weights are one
-        return name, open_clip.create_model(name, device=device, require_pretrained=True)
-    try:
-        model_name = register_model(name)
-    except ValueError as error:  # of JSON
-        raise _LoadError(f"{name} is no model config: {error}") from error
-    if name.endswith(".json") and open_clip.get_model_config(model_name) is None:
-        raise _LoadError(
-            f"{name} is no model config: expected an object with embed_dim, vision_cfg and text_cfg"
-        )
-    if not os.path.isfile(pretrained):
-        return model_name, open_clip.create_model(model_name, pretrained=pretrained, device=device)
-    logging.disable(logging.WARNING)  # "no pretrained weights": they are loaded below
-    try:
-        model = open_clip.create_model(model_name, device=device)
-    finally:
-        logging.disable(logging.NOTSET)
-    load_weights(model, pretrained, name)
-    return model_name, model
-
-
-def load_weights(model: torch.nn.Module, path: str, name: str) -> None:
-    """Load weights from a file: a checkpoint of the trainer, a bare state, or safetensors.
-
-    Args:
-        model: whose weights they are.
-        path: of the file.
-        name: of the model, for messages.
-
-    Raises:
-        _LoadError: the file holds no weights, or those of another model.
-    """
-    try:
-        if path.endswith(".safetensors"):
-            state: Any = safetensors.torch.load_file(path, device="cpu")
-        else:
-            state = checkpoint.load(path, map_location="cpu")
-    except Exception as error:  # torch raises anything on a broken file
-        line = str(error).strip().partition("\n")[0]
-        raise _LoadError(f"{path} is no checkpoint: {type(error).__name__}: {line}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not (
-        isinstance(state, Mapping)
-        and state
-        and all(isinstance(key, str) for key in state)
-        and all(isinstance(value, torch.Tensor) for value in state.values())
-    ):
-        raise _LoadError(
-            f"{path} is no checkpoint: expected weights by name, or such an object as state_dict"
-        )
-    state, expected = checkpoint.match_names(state, model), model.state_dict()
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} is {list(state[key].shape)}, expected {list(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    faults = [
-        f"{kind} {found[0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-        for kind, found in (("lacks", missing), ("has an unexpected", unexpected), ("its", shapes))
-        if found
-    ]
-    if faults:
-        found = "; ".join(faults)
-        raise _LoadError(f"{path} is a checkpoint of another model than {name}: {found}")
-    model.load_state_dict(state)
 
 
 def teacher_dimensions(config: ReinforcementConfig) -> list[int]:

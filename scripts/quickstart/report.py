@@ -18,7 +18,6 @@ two proportions of the held-out images, and a difference of up to two is within 
 """
 
 import argparse
-import ast
 import json
 import math
 import os
@@ -36,7 +35,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/
-from draw_sample import draw_sample, fold_accents, stack
+from lib.draw_sample import draw_sample, fold_accents, stack
+from lib.models import read_params
 from lib.reinforcement import read_reinforcement
 from lib.report import printable
 
@@ -96,18 +96,6 @@ def read_evaluations(path: Path) -> dict[int, dict[str, float]]:
         except (ValueError, KeyError, TypeError) as error:  # a line cut off when the run was killed
             note(f"{path}, line {number} skipped: {type(error).__name__}: {error}")
     return dict(sorted(evaluations.items()))
-
-
-def read_params(path: Path) -> dict[str, Any]:
-    """The trainer's settings, from its params.txt."""
-    params: dict[str, Any] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        name, _, value = line.partition(": ")
-        try:
-            params[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            params[name] = value
-    return params
 
 
 def read_epoch_samples(folder: Path, params: dict[str, Any]) -> int | None:

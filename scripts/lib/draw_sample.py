@@ -1,16 +1,15 @@
 """Draw everything that is stored with a joined sample.
 
-This is a library, without a command; hf_dataset_example.py --output uses it. Characters that
-Pillow's own font lacks come out as boxes.
+hf_dataset_example.py --output and the quickstart use it. Characters that Pillow's own font lacks
+come out as boxes.
 """
 
 import functools
 import unicodedata
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
-from lib.reinforcement import Reinforcement
-from lib.report import printable
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -18,20 +17,21 @@ from torchvision.transforms.functional import to_pil_image
 from dr.sample import (
     BadSample,
     augmentation_parameters,
-    caption,
     decode_image,
-    synthetic_captions,
+    read_caption_lists,
 )
 from dr.transforms import RAND_AUGMENT_OPS
 
-MAX_AUGMENTATIONS, MAX_CAPTIONS = 30, 10  # more are not drawn
+from .reinforcement import Reinforcement, describe_originals
+from .report import printable
+
+MAX_AUGMENTATIONS, MAX_CAPTIONS = 30, 20  # more are not drawn
 WIDTH, MARGIN = 1600, 40  # pixels, as everything below
 COLUMNS, SIDE = 10, 144  # of the augmented images
 ORIGINAL = 300  # longer side of the original
 LABELS, ROW = 420, 32  # of a similarity map
 INK, GREY, LINE, CHOSEN = "#1f2328", "#6a737d", "#d0d7de", "#d1601f"
 COLD, HOT = (244, 248, 252), (8, 64, 129)  # the lowest and the highest similarity
-NO_CAPTION = "(not in this shard: DataComp-12M has the original caption)"
 UNITS = {
     **dict.fromkeys(("Identity", "AutoContrast", "Equalize"), ""),
     **dict.fromkeys(("TranslateX", "TranslateY"), "{:+.0f} px"),
@@ -75,22 +75,26 @@ def draw_sample(
         title: names the sample.
         members: of the sample, by extension, with an image.
         reinforcement: how the set was reinforced.
-        augmentation, synthetic: numbers of the augmentation and the synthetic caption to mark.
+        augmentation, synthetic: numbers of the augmentation and the synthetic caption to mark; the
+            latter counts through all lists.
         caption_note: a remark on the caption, written after it.
 
     Raises:
         BadSample: something is unreadable, or the parameters do not fit the image.
     """
     original, similarity = decode_image(members), reinforcement.cosines(members)
-    captions = [caption(members) if "txt" in members else NO_CAPTION, *synthetic_captions(members)]
+    originals, lists = describe_originals(members), read_caption_lists(members)
+    captions = dict(
+        zip(label_captions(len(originals), lists), chain(originals, *lists.values()), strict=True)
+    )
     stored = augmentation_parameters(members)[:MAX_AUGMENTATIONS]
     try:
         parameters = [reinforcement.compose.decompress(params) for params in stored]
         views = [to_pil_image(reinforcement.views.reapply(original, p)[0]) for p in parameters]
     except ValueError as error:
         raise BadSample("augmentation parameters", error) from error
-    captions = captions[:MAX_CAPTIONS]
-    marked = (0, 1 + synthetic)  # rows: the original caption, and a synthetic one
+    captions = dict(islice(captions.items(), MAX_CAPTIONS))
+    marked = (0, len(originals) + synthetic)  # rows: an original caption, and a synthetic one
     total = similarity.shape[2]
     sections = [
         _draw_original(title, original, captions, marked, caption_note),
@@ -98,8 +102,19 @@ def draw_sample(
     ]
     for teacher, table in zip(reinforcement.teachers, similarity, strict=True):
         table = table[: len(captions), : len(views)]
-        sections.append(_draw_similarity(teacher, captions, table, marked, augmentation))
+        texts = list(captions.values())
+        sections.append(_draw_similarity(teacher, texts, table, marked, augmentation))
     return stack(sections)
+
+
+def label_captions(originals: int, lists: dict[str, list[str]]) -> list[str]:
+    """A label for each caption: ``caption``, ``synthetic 0``, … or ``list 1, 0`` if there are
+    several lists."""
+    labels = ["caption"] if originals == 1 else [f"caption {c}" for c in range(originals)]
+    for number, texts in enumerate(lists.values(), 1):
+        name = "synthetic " if len(lists) == 1 else f"list {number}, "
+        labels += [f"{name}{s}" for s in range(len(texts))]
+    return labels
 
 
 def fold_accents(text: str) -> str:
@@ -143,7 +158,7 @@ def _write(
 def _draw_original(
     title: str,
     original: Image.Image,
-    captions: list[str],
+    captions: dict[str, str],
     marked: tuple[int, int],
     caption_note: str,
 ) -> Image.Image:
@@ -157,9 +172,8 @@ def _draw_original(
     left = MARGIN + ORIGINAL + 44
     _write(draw, (left, MARGIN), "One reinforced sample", 38)
     _write(draw, (left, MARGIN + 52), title, 18, GREY, width=WIDTH - MARGIN - left)
-    for row, text in enumerate(captions):
+    for row, (label, text) in enumerate(captions.items()):
         top = MARGIN + 104 + 34 * row + (14 if row else 0)
-        label = f"synthetic {row - 1}" if row else "caption"
         _write(draw, (left, top), label, 19, CHOSEN if row in marked else GREY)
         start, text_size = left + 130, 19 if row else 22
         end = start + _write(draw, (start, top), text, text_size, width=WIDTH - MARGIN - start)
