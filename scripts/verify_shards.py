@@ -385,9 +385,8 @@ def embed_sample(
     """
     from lib.teachers import to_bytes
 
-    img = decode_image(members)
+    img, stored = decode_image(members), augmentation_parameters(members)
     captions = [*original_captions(members), *synthetic_captions(members)]
-    stored = augmentation_parameters(members)
     for number, (teacher, crop) in enumerate(zip(teachers, crops, strict=True)):
         images = [to_bytes(crop.reapply(img, crop.decompress(entry))[0]) for entry in stored]
         chunks = torch.stack(images).split(EMBED_AT_ONCE)

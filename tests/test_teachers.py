@@ -231,7 +231,9 @@ def test_teachers_that_cannot_be_used_are_one_line(world, tmp_path, monkeypatch)
     broken["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "no-tokenizer")
     (tmp_path / "tiny_broken.json").write_text(json.dumps(broken))
     weights = f"{folder}/a/plain.safetensors"
-    with pytest.raises(SystemExit, match=r"the teacher .*tiny_broken.* its tokenizer: ") as error:
+    with pytest.raises(
+        SystemExit, match=r"the teacher .*tiny_broken.* can't be loaded: its tokenizer: "
+    ) as error:
         Teacher(str(tmp_path / "tiny_broken.json"), weights, torch.device("cpu"), "fp32")
     assert "\n" not in str(error.value)
     config = json.loads((folder / "one.json").read_text())

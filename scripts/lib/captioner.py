@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .models import ModelError, load_model
+from .models import load_model_or_exit
 
 ROUNDS = 5  # in which blank and repeated captions are drawn again
 
@@ -53,11 +53,7 @@ class Captioner:
 
     def __init__(self, name: str, pretrained: str, device: torch.device, precision: str) -> None:
         self.device, self.autocast = device, precision == "bf16"
-        try:
-            loaded = load_model(name, pretrained, device)
-        except ModelError as error:
-            label = f"{name} {pretrained}".strip()
-            raise SystemExit(f"error: the captioner {label} can't be loaded: {error}") from None
+        loaded = load_model_or_exit("captioner", name, pretrained, device)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         if not hasattr(self.model, "generate"):
             raise SystemExit(

@@ -14,7 +14,7 @@ import torch
 from open_clip.pretrained import get_pretrained_cfg
 
 from dr import checkpoint
-from dr.weights import Preprocessing, find_preprocessing, register_model
+from dr.weights import find_preprocessing, register_model
 
 from .config import HUB
 from .report import printable
@@ -43,12 +43,6 @@ class LoadedModel(NamedTuple):
     def preprocessing(self) -> dict[str, Any]:
         """``size``, ``mean``, ``std``, ``interpolation`` and further fields."""
         return self.model.visual.preprocess_cfg
-
-    @property
-    def statistics(self) -> Preprocessing:
-        """Normalisation statistics and interpolation of its images."""
-        found = self.preprocessing
-        return Preprocessing(tuple(found["mean"]), tuple(found["std"]), found["interpolation"])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -97,6 +91,15 @@ def load_model(name: str, pretrained: str, device: torch.device) -> LoadedModel:
         line = printable(str(error).strip().partition("\n")[0], 600)
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise ModelError(f"{part}{kind}{line}") from error
+
+
+def load_model_or_exit(role: str, name: str, pretrained: str, device: torch.device) -> LoadedModel:
+    """As :func:`load_model`, but with SystemExit, whose message calls the model by its role."""
+    try:
+        return load_model(name, pretrained, device)
+    except ModelError as error:
+        named = f"{name} {pretrained}".strip()
+        raise SystemExit(f"error: the {role} {named} can't be loaded: {error}") from None
 
 
 def _create_model(name: str, pretrained: str, device: torch.device) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ from dr.transforms import Compose, to_normalized
 from dr.weights import register_model
 
 from .config import ReinforcementConfig
-from .models import ModelError, load_model
+from .models import load_model_or_exit
 
 MAX_COSINE_DISTANCE = 1e-3  # of an embedding in two batches of different size
 
@@ -30,7 +30,7 @@ class Teacher:
 
     Attributes:
         size: height and width of the images that it takes, in pixels.
-        preprocessing: normalisation statistics and interpolation of its images.
+        preprocessing: of its images: ``mean``, ``std``, ``interpolation`` and further fields.
         logit_scale: that it has learned.
         logit_bias: likewise, of a teacher with a sigmoid loss (SigLIP); None: it has none.
     """
@@ -38,21 +38,15 @@ class Teacher:
     def __init__(self, name: str, pretrained: str, device: torch.device, precision: str) -> None:
         self.name, self.pretrained = name, pretrained
         self.device, self.autocast = device, precision == "bf16"
-        try:
-            loaded = load_model(name, pretrained, device)
-        except ModelError as error:
-            label = f"{name} {pretrained}".strip()
-            raise SystemExit(f"error: the teacher {label} can't be loaded: {error}") from None
-        model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.logit_scale = float(model.logit_scale.detach().exp())
-        bias = getattr(model, "logit_bias", None)
+        loaded = load_model_or_exit("teacher", name, pretrained, device)
+        self.tokenizer, self.size = loaded.tokenizer, loaded.size
+        self.preprocessing = loaded.preprocessing
+        self.statistics = torch.tensor([list(self.preprocessing[n]) for n in ("mean", "std")])
+        self.logit_scale = float(loaded.model.logit_scale.detach().exp())
+        bias = getattr(loaded.model, "logit_bias", None)
         self.logit_bias = None if bias is None else float(bias.detach())
-        if precision == "pure_bf16":
-            model = model.to(torch.bfloat16)
-        self.model = model
         self.dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
-        self.preprocessing, self.size = loaded.statistics, loaded.size
-        self.statistics = torch.tensor([self.preprocessing.mean, self.preprocessing.std])
+        self.model = loaded.model.to(self.dtype)
 
     @torch.inference_mode()
     def embed(
@@ -114,7 +108,7 @@ class Teacher:
             "model_name": self.name,
             "pretrained": self.pretrained,
             "input_size": list(self.size),
-            **self.preprocessing._asdict(),
+            **{name: self.preprocessing[name] for name in ("mean", "std", "interpolation")},
             "context_length": getattr(self.tokenizer, "context_length", None),
             "dimension": self.measure_dimension(),
             "logit_scale": self.logit_scale,
@@ -144,7 +138,7 @@ def adapt_crops(
             )
     own = _end_with_bytes(config.without_normalization())
     crop = own.transforms["random_resized_crop"]
-    wanted = [(teacher.size, teacher.preprocessing.interpolation) for teacher in teachers]
+    wanted = [(teacher.size, teacher.preprocessing["interpolation"]) for teacher in teachers]
     sizes = sorted({size for size, _ in wanted})
     if teachers and crop.size not in sizes:
         takes = [f"{teacher.name} takes {list(teacher.size)}" for teacher in teachers]
