@@ -422,7 +422,7 @@ def download_all(
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=describe_datasets("captions", "reinforcements"),
+        epilog=describe_datasets("captions", "reinforcements", reinforced=False),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, names = parser.add_argument, ("REPO", "FOLDER")

@@ -9,15 +9,20 @@
 #     --suite S      imagenet (default), retrieval, datacomp38, or names of data sets with commas
 #     --data DIR     folder of the data sets in WebDataset form; default: download them from the Hub
 #     --output DIR   folder for the results; default: evaluation/ in the folder of the run
-#     --help         all options, and what the script writes
 #
-# The script installs clip-benchmark with this package (the extra evaluate) into the active virtual
-# environment; if there is none, into .venv. Run it again to continue: what is in results.jsonl is
-# not evaluated again.
+# The script installs clip-benchmark with this package (the extra `evaluate`) into the active virtual
+# environment; if there is none, into .venv. Run it again to continue: data sets that are in
+# results.jsonl are not evaluated again.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$ROOT/scripts/environment.sh"
+case " $* " in
+    *" -h "* | *" --help "*)
+        sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+        printf '\nAll options: python scripts/evaluate.py --help\n'
+        exit ;;
+esac
 use_environment evaluate
 exec "$PYTHON" "$ROOT/scripts/evaluate.py" "$@"

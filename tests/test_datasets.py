@@ -165,7 +165,8 @@ def test_captions_from_a_folder_of_their_own_come_first(folders, monkeypatch):
 
 def test_the_join_says_which_part_no_shard_has_and_which_folder_is_missing(folders, monkeypatch):
     folders.write(reinforcement(0, "txt"))
-    with pytest.raises(SystemExit, match=r"holds a sample's caption: .*DFNDR12M_CAPTIONS_PATH"):
+    message = r"no source contains captions \(txt\): .*DFNDR12M_CAPTIONS_PATH"
+    with pytest.raises(SystemExit, match=message):
         join_shards.main(["--dataset", "dfndr12m", "--workers", "1"])
     monkeypatch.setenv("DFNDR12M_CAPTIONS_PATH", "nowhere")
     with pytest.raises(SystemExit, match=r"no folder nowhere \(DFNDR12M_CAPTIONS_PATH\): make it"):
@@ -203,13 +204,13 @@ def test_the_images_script_checks_name_and_folder_before_it_installs_anything(tm
     for options, told in (
         (
             ["--dataset", "dfndr2b"],
-            "no folder nowhere (DFNDR2B_NOIMG_PATH): scripts/download_shards.py",
+            "no folder nowhere (DFNDR2B_NOIMG_PATH): run `python scripts/download_shards.py",
         ),
         (["--dataset=dfndr3b"], "--dataset dfndr3b: expected one of datacomp12m, "),
         (["--dataset"], "--dataset: expected the name of a data set"),
     ):
         done = run([*script, *options], env=environ)
-        assert done.returncode == 1 and done.stderr.startswith("download_images: error: ")
+        assert done.returncode == 1 and done.stderr.startswith("error: ")
         assert told in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "venv").exists()
 
