@@ -535,11 +535,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", required=True, help="OpenCLIP model name, or a model config FILE.json")
     add("--output", required=True, type=Path, help="folder to write")
     add("--onnx", action="store_true", help="write the encoders as ONNX")
-    add(
-        "--coreml",
-        action="store_true",
-        help="write the encoders for Core ML (skipped if coremltools is not installed)",
-    )
+    text = "write the encoders for Core ML; skipped if coremltools is not installed"
+    add("--coreml", action="store_true", help=text)
     text = "store the weights of ONNX and Core ML in half precision"
     add("--fp16", action="store_true", help=text)
     text = "image-caption shard on which the formats are compared; default: see above"

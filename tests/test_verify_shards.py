@@ -779,7 +779,10 @@ def test_bad_input_gets_one_clear_line(config, tmp_path, many):
 def test_nothing_found_is_one_line_and_an_exit_status(config, tmp_path):
     done = run(command(config, tmp_path), env=environment())
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith(f"no shards in {tmp_path}") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stderr.startswith(f"error: no shards in {tmp_path}")
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_an_interruption_is_one_line(config, tmp_path):
