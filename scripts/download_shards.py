@@ -227,7 +227,7 @@ def check_folder(files: Sequence[File]) -> None:
     record = folder / RECORDS / "repository"
     if record.is_file() and (other := record.read_text().strip()) not in ("", repo):
         raise SystemExit(
-            f"{folder} holds {printable(other)}, not {repo}: choose another folder, or remove it"
+            f"{folder} contains {printable(other)}, not {repo}: choose another folder, or remove it"
         )
     sizes = {file: size_of(file.target) for file in files if file.is_shard}
     if unlike := [file for file, size in sizes.items() if size not in (None, file.size)]:
