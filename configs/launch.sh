@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Start the patched OpenCLIP trainer under torchrun. Sourced by the run_*.sh scripts.
+# Sourced by the run_*.sh scripts: starts the patched OpenCLIP trainer under torchrun.
 #
 # Sets the settings common to all recipes and defines two steps: `require_shards` and `launch`. All
 # settings can be overridden from the environment.
@@ -21,36 +21,36 @@ case ${1:-} in -h | --help) print_help; exit ;; esac
 # --- settings common to all recipes ---------------------------------------------------------------
 MODEL=${MODEL:-ViT-B-16}                # an OpenCLIP model name, or a model config FILE.json
 PRETRAINED=${PRETRAINED:-}              # weights to start from: a file, or an OpenCLIP tag
-PRECISION=${PRECISION:-}                # empty: amp on GPUs, fp32 on the CPU
-LR=${LR:-1.e-3}                         # learning rate
+PRECISION=${PRECISION:-}                # numerical precision; empty: amp on GPUs, fp32 on the CPU
+LR=${LR:-1.e-3}                         # peak learning rate
 WD=${WD:-0.2}                           # weight decay
-BETA2=${BETA2:-0.95}                    # of AdamW
+BETA2=${BETA2:-0.95}                    # AdamW's second momentum coefficient
 WARMUP=${WARMUP:-1000}                  # optimizer steps in which the learning rate rises
-GRAD_CLIP_NORM=${GRAD_CLIP_NORM:-1.0}   # largest norm of the gradient
+GRAD_CLIP_NORM=${GRAD_CLIP_NORM:-1.0}   # norm to which larger gradients are clipped
 ACCUM_FREQ=${ACCUM_FREQ:-1}             # micro-batches in an optimizer step
-GRAD_CHECKPOINTING=${GRAD_CHECKPOINTING:-1} # 0 is faster, where the memory is sufficient
+GRAD_CHECKPOINTING=${GRAD_CHECKPOINTING:-1} # 1: recompute activations, to save memory; 0: faster
 SEED=${SEED:-0}                         # random seed
 WORKERS=${WORKERS:-4}                   # data loading processes for each GPU
-SAMPLING=${SAMPLING:-with-replacement}  # or without-replacement: passes that take each sample once
+SAMPLING=${SAMPLING:-with-replacement}  # how to draw samples: with- or without-replacement
 MAX_SKIPPED_FRACTION=${MAX_SKIPPED_FRACTION:-} # fraction of bad samples at which a run stops
 DATASETS=${DATASETS:-}                  # folder of data sets; empty: datasets/ next to open_clip/
-IMAGENET_VAL=${IMAGENET_VAL-./imagenet_validation} # ImageNet's validation set; empty: no evaluation
-EVAL_DATA=${EVAL_DATA:-}                # held-out image-caption shards for the recall; empty: none
+IMAGENET_VAL=${IMAGENET_VAL-./imagenet_validation} # ImageNet validation set; empty: no evaluation
+EVAL_DATA=${EVAL_DATA:-}                # held-out image-caption shards for retrieval; empty: none
 ZEROSHOT_FREQUENCY=${ZEROSHOT_FREQUENCY:-1} # epochs between two evaluations
 SAVE_FREQUENCY=${SAVE_FREQUENCY:-1}     # epochs between two checkpoints
-SAVE_EVERY_N_STEPS=${SAVE_EVERY_N_STEPS:-0} # also save within epochs, to resume from; 0: do not
-KEEP_LAST_K=${KEEP_LAST_K:-2}           # how many of those checkpoints to keep
+SAVE_EVERY_N_STEPS=${SAVE_EVERY_N_STEPS:-0} # also save after this many steps in an epoch; 0: no
+KEEP_LAST_K=${KEEP_LAST_K:-2}           # number of checkpoints within epochs to keep
 LOG_EVERY=${LOG_EVERY:-20}              # optimizer steps between two log lines
 LOGS=${LOGS:-./logs}                    # log folder
-REPORT_TO=${REPORT_TO-wandb}            # wandb, tensorboard, both with a comma, or empty
+REPORT_TO=${REPORT_TO-wandb}            # wandb, tensorboard, wandb,tensorboard, or empty
 WANDB_PROJECT=${WANDB_PROJECT:-mobileclip} # project in Weights & Biases
 NUM_PROCESSES=${NUM_PROCESSES:-1}       # processes on the CPU, with NUM_GPUS=0
-MASTER_ADDR=${MASTER_ADDR:-}            # host at which several nodes meet; one node needs none
-MASTER_PORT=${MASTER_PORT:-}            # port at which several nodes meet; one node needs none
-ROLE_RANK=${ROLE_RANK:-}                # number of this node, from 0; one node needs none
+MASTER_ADDR=${MASTER_ADDR:-}            # with several nodes: host name of the first node
+MASTER_PORT=${MASTER_PORT:-}            # with several nodes: a free port of the first node
+ROLE_RANK=${ROLE_RANK:-}                # with several nodes: number of this node, from 0
 RDZV_ID=${RDZV_ID:-}                    # identifier of the rendezvous of the nodes; empty: NAME
 DIST_TIMEOUT=${DIST_TIMEOUT:-3600}      # seconds that the nodes wait for each other at the start
-PYTHON=${PYTHON:-python}                # Python interpreter of the environment
+PYTHON=${PYTHON:-}                      # empty: that of the active environment, or of .venv
 DRY_RUN=${DRY_RUN:-0}                   # 1: print the torchrun command, and do not run it
 
 fail() { echo "error: $*" >&2; exit 1; }
@@ -69,7 +69,11 @@ trainer=training
 [ ! -d "$tree/src/open_clip_train" ] || trainer=open_clip_train # of OpenCLIP 3.3
 [ -f "$tree/src/$trainer/dr/loss.py" ] || obstacle "no patched OpenCLIP in $tree: run" \
     "'bash scripts/setup_open_clip.sh' at the repository's root first"
-[ -n "$DATASETS" ] || DATASETS=$(dirname "$tree")/datasets
+root=$(dirname "$tree") # of this repository
+[ -n "$DATASETS" ] || DATASETS=$root/datasets
+PYTHON=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
+[ -n "$PYTHON" ] || [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python
+PYTHON=${PYTHON:-python}
 "$PYTHON" -c 'import braceexpand, importlib.util; assert importlib.util.find_spec("torch")' \
     2>/dev/null || obstacle "'$PYTHON' has no torch or no braceexpand: activate the environment" \
     "in which this package is installed, or set PYTHON to its python"
@@ -116,8 +120,9 @@ launch() {
         local variable t=$DIST_TIMEOUT
         for variable in MASTER_ADDR MASTER_PORT ROLE_RANK; do
             [ -n "${!variable}" ] || obstacle "NUM_NODES=$NUM_NODES, but $variable is not set:" \
-                "MASTER_ADDR and MASTER_PORT are where the nodes meet, ROLE_RANK is the number of" \
-                "this node (0 to $((NUM_NODES - 1))); for one node set NUM_NODES=1"
+                "for one node set NUM_NODES=1; for several set MASTER_ADDR and MASTER_PORT to the" \
+                "first node's host name and a free port, and ROLE_RANK to the number of this node" \
+                "(0 to $((NUM_NODES - 1)))"
         done
         rendezvous=(
             --node-rank "${ROLE_RANK:-ROLE_RANK}" --rdzv-backend c10d
@@ -178,7 +183,7 @@ launch() {
         args+=(--report-to "$REPORT_TO" --wandb-project-name "$WANDB_PROJECT")
     fi
     [[ " $* " == *" --resume "* || ! -e $LOGS/$NAME/out.log ]] || obstacle "there is a run" \
-        "$LOGS/$NAME already: continue it with --resume latest, or give the new run another NAME"
+        "$LOGS/$NAME already: resume it with --resume latest, or give the new run another NAME"
 
     # '--' keeps torchrun from taking the trainer's --logs for its own --logs-specs.
     local command=(

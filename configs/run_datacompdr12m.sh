@@ -35,7 +35,7 @@ CHECKPOINTS=${CHECKPOINTS:-20}          # checkpoints of the run; the interval i
 REINFORCEMENT_CONFIG=${REINFORCEMENT_CONFIG:-} # config of the data set; empty: datacompdr12m.json
 DISTILL_LOGIT_SCALE=${DISTILL_LOGIT_SCALE:-100} # logit scale of the teachers
 DISTILL_TEACHER_DIMENSION=${DISTILL_TEACHER_DIMENSION:-768 768} # widths of the teachers' embeddings
-DISTILL_LOSS_WEIGHTS=${DISTILL_LOSS_WEIGHTS:-0.0 1.0} # contrastive, distillation
+DISTILL_LOSS_WEIGHTS=${DISTILL_LOSS_WEIGHTS:-0.0 1.0} # weights: contrastive, distillation
 DATA=${DATA:-}                          # training shards; empty: all of DataCompDR-12M
 
 [ -n "$REINFORCEMENT_CONFIG" ] ||

@@ -6,8 +6,10 @@
 # Published recipe: ViT-B/16, 16 nodes of 8 GPUs, 200,000 optimizer steps of 65,536 samples.
 # The settings are environment variables. Examples, to be run from the repository's root:
 #
-#     # one node of 8 GPUs, with zero-shot evaluation on ImageNet, without Weights & Biases
-#     NUM_NODES=1 IMAGENET_VAL=/path/to/imagenet/val REPORT_TO= bash configs/run_datacompdr1B.sh
+#     # one node of 8 GPUs (512 images per GPU and micro-batch, as published), with zero-shot
+#     # evaluation on ImageNet, without Weights & Biases
+#     NUM_NODES=1 ACCUM_FREQ=16 IMAGENET_VAL=/path/to/imagenet/val REPORT_TO= \
+#         bash configs/run_datacompdr1B.sh
 #     # one GPU, the global batch in 256 micro-batches, without evaluation
 #     NUM_NODES=1 NUM_GPUS=1 ACCUM_FREQ=256 IMAGENET_VAL= REPORT_TO= \
 #         bash configs/run_datacompdr1B.sh
@@ -19,7 +21,7 @@
 #     DRY_RUN=1 bash configs/run_datacompdr1B.sh
 #
 # Needs: the patched OpenCLIP (scripts/setup_open_clip.sh) and joined shards
-# (scripts/join_datacompdr1b.sh). If it is run again, it continues from the latest checkpoint.
+# (scripts/join_datacompdr1b.sh). Run again, it resumes from the latest checkpoint.
 # Writes: $LOGS/$NAME/ with out.log, params.txt, checkpoints/.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=launch.sh

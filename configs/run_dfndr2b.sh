@@ -6,8 +6,9 @@
 # Published recipe: MobileCLIP-B, 16 nodes of 8 GPUs, 200,000 optimizer steps of 65,536 samples.
 # The settings are environment variables. Examples, to be run from the repository's root:
 #
-#     # one node of 8 GPUs, with zero-shot evaluation on ImageNet, without Weights & Biases
-#     DATA='datasets/DFNDR-2B/{00000000..00000099}.tar' NUM_NODES=1 \
+#     # one node of 8 GPUs (512 images per GPU and micro-batch, as published), with zero-shot
+#     # evaluation on ImageNet, without Weights & Biases
+#     DATA='datasets/DFNDR-2B/{00000000..00000099}.tar' NUM_NODES=1 ACCUM_FREQ=16 \
 #         IMAGENET_VAL=/path/to/imagenet/val REPORT_TO= bash configs/run_dfndr2b.sh
 #     # one GPU, the global batch in 256 micro-batches, without evaluation
 #     DATA='datasets/DFNDR-2B/{00000000..00000099}.tar' NUM_NODES=1 NUM_GPUS=1 ACCUM_FREQ=256 \
@@ -21,7 +22,7 @@
 #
 # Needs: the patched OpenCLIP (scripts/setup_open_clip.sh) and joined shards
 # (python scripts/join_shards.py --dataset dfndr2b). The names of the shards are not published: DATA
-# must be set. If it is run again, it continues from the latest checkpoint.
+# must be set. Run again, it resumes from the latest checkpoint.
 # Writes: $LOGS/$NAME/ with out.log, params.txt, checkpoints/.
 set -euo pipefail
 MODEL=${MODEL:-MobileCLIP-B}            # an OpenCLIP model name, or a model config FILE.json
@@ -38,8 +39,8 @@ CHECKPOINTS=${CHECKPOINTS:-100}         # checkpoints of the run; the interval i
 REINFORCEMENT_CONFIG=${REINFORCEMENT_CONFIG:-} # config of the data set; empty: dfndr2b.json
 DISTILL_LOGIT_SCALE=${DISTILL_LOGIT_SCALE:-70 60} # logit scales of the teachers
 DISTILL_TEACHER_DIMENSION=${DISTILL_TEACHER_DIMENSION:-768 768} # widths of the teachers' embeddings
-DISTILL_LOSS_WEIGHTS=${DISTILL_LOSS_WEIGHTS:-0.0 1.0} # contrastive, distillation
-SYN_TEXT_KEY_REGEX=${SYN_TEXT_KEY_REGEX:-^syn_text_dfn_mscoco38k$} # lists of synthetic captions
+DISTILL_LOSS_WEIGHTS=${DISTILL_LOSS_WEIGHTS:-0.0 1.0} # weights: contrastive, distillation
+SYN_TEXT_KEY_REGEX=${SYN_TEXT_KEY_REGEX:-^syn_text_dfn_mscoco38k$} # synthetic captions to use
 DATA=${DATA:-}                          # training shards; must be set
 
 [ -n "$REINFORCEMENT_CONFIG" ] ||

@@ -10,10 +10,10 @@ join_shards.py as a --source. The script needs DuckDB 2 (pip install 'duckdb>=2'
 
 There are three stages. Each keeps files, so an interrupted run continues when it is run again:
     1. uids: read the headers of each reinforcement shard; keep its uids in a parquet file.
-    2. lookup (`join` in the report): for a group of shards at a time, DuckDB reads all metadata,
-       looks up the uids, sorts the captions by shard and position, and writes a parquet file. Data
-       that exceed --memory are written to --temp meanwhile ("spilled"). A group has about --part
-       samples: by default one for each 32 bytes of --memory, at most 250 million.
+    2. lookup: for a group of shards at a time, DuckDB reads all metadata, looks up the uids, sorts
+       the captions by shard and position, and writes a parquet file. Data that exceed --memory are
+       written to --temp meanwhile ("spilled"). A group has about --part samples: by default one for
+       each 32 bytes of --memory, at most 250 million. The report lists its time as `join`.
     3. shards: write tars from that file, which is removed when all of its shards are done.
 Finished shards are skipped while the reinforcement shard and the metadata files (names, sizes,
 times) are the same. The same sources give the same bytes for any --memory, --part and --threads.

@@ -35,7 +35,7 @@ Run the script again at any time. A shard gets its name when it is complete; aft
 shards that img2dataset had finished are kept and the others start again. Several runs may share an
 output folder; give each its own --shards. To download a shard again, remove its tar.
 
-The URLs come from strangers: only http and https are used, and answers are limited in bytes,
+The URLs are untrusted input: only http and https are used, and answers are limited in bytes,
 seconds and pixels, and only images are kept. The script does not block requests to your own
 network: a URL may lead to a machine next to yours, so run it where such requests can do no harm.
 """
@@ -201,7 +201,7 @@ def write_list(
         parquet.write_table(pyarrow.table(columns, schema), path)
         counts = {"listed": len(rows), "without_url": without_url}
         return {"name": name, **counts, "unusable": unusable}
-    except Exception as error:  # whatever a stranger's shard causes: the others go on
+    except Exception as error:  # whatever a damaged shard causes: the others go on
         return {"name": name, "error": printable(describe_error(error), 300)}
     finally:
         open_files.close()
@@ -550,7 +550,7 @@ def choose_names(wanted: str | None, source: Source) -> list[str]:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=describe_datasets("captions", "reinforcements", "images"),
+        epilog=describe_datasets("captions", "reinforcements", "images", reinforced=False),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, source = parser.add_argument, "DIR|PATTERN"

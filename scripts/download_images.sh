@@ -4,8 +4,8 @@
 #
 #     bash scripts/download_images.sh [--1b | --dataset NAME] [--shards A-B] [further options]
 #
-#     --dataset NAME           datacompdr12m (default), datacompdr1b (as --1b), dfndr12m or dfndr2b;
-#                              python scripts/download_images.py --help lists their folders
+#     --dataset NAME           default: datacompdr12m; --1b is short for --dataset datacompdr1b;
+#                              python scripts/download_images.py --help lists names and folders
 #     --shards A-B             download only these shards, counted from 0; for DataCompDR-1B, 1003
 #                              is 01/00000003.tar. Default: all
 #     --processes N            number of processes; default: one for each core, up to 16
@@ -46,7 +46,7 @@ IMG2DATASET_VENV=${IMG2DATASET_VENV:-$ROOT/.venv-img2dataset}
 # img2dataset imports a module that Python 3.13 has removed.
 REQUIREMENTS=("img2dataset==1.47.0" "standard-imghdr; python_version >= '3.13'")
 
-fail() { echo "download_images: error: $*" >&2; exit 1; }
+fail() { echo "error: $*" >&2; exit 1; }
 
 dataset=datacompdr12m
 options=()

@@ -227,7 +227,7 @@ def check_folder(files: Sequence[File]) -> None:
     record = folder / RECORDS / "repository"
     if record.is_file() and (other := record.read_text().strip()) not in ("", repo):
         raise SystemExit(
-            f"{folder} holds {printable(other)}, not {repo}: choose another folder, or remove it"
+            f"{folder} contains {printable(other)}, not {repo}: choose another folder, or remove it"
         )
     sizes = {file: size_of(file.target) for file in files if file.is_shard}
     if unlike := [file for file, size in sizes.items() if size not in (None, file.size)]:
@@ -422,7 +422,7 @@ def download_all(
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=describe_datasets("captions", "reinforcements"),
+        epilog=describe_datasets("captions", "reinforcements", reinforced=False),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, names = parser.add_argument, ("REPO", "FOLDER")

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: the Python environment in which they run.
+# Sourced by quickstart.sh, test.sh and evaluate.sh: the Python environment in which they run.
 #
 # use_environment EXTRA[,EXTRA]: use the active virtual environment, or make .venv at the
 # repository's root if none is active. Install this package there with the given extras of

@@ -8,10 +8,11 @@ average of 38 is the mean of these metrics over DataComp's 38 data sets.
 
 Suites are imagenet, retrieval (Flickr30k and MSCOCO) and datacomp38, or names of data sets as
 clip-benchmark has them, separated by commas, such as cifar10,vtab/dtd. The data sets are in
-WebDataset form: <data set>/test/0.tar, …, test/nshards.txt, classnames.txt and
-zeroshot_classification_templates.txt, or dataset_type.txt with the word retrieval. They come from
---data, a folder with a folder for each, such as wds_vtab-dtd_test, as DataComp downloads them, or
-else from the Hub, which puts them into its cache (HF_HOME).
+WebDataset form: test/0.tar, test/1.tar, …, test/nshards.txt, and classnames.txt with
+zeroshot_classification_templates.txt, or for retrieval dataset_type.txt with the word retrieval.
+--data is a folder that contains one folder for each data set, such as wds_vtab-dtd_test, as
+DataComp's download script makes it. Without --data, the data sets are downloaded from the Hub into
+its cache (HF_HOME).
 
 The script writes to evaluation/ in the folder of the run:
 
@@ -320,8 +321,8 @@ def evaluate_winogavil(model: LoadedModel, folder: Path, device: str) -> tuple[M
     columns = "cue, candidates, associations, candidate_images"
     cursor = duckdb.connect().execute(f"select {columns} from read_parquet(?)", [files])
     while row := cursor.fetchone():
-        cue, candidates, associations, pictures = row
-        images = torch.stack([transform(decode_rgb(picture["bytes"])) for picture in pictures])
+        cue, candidates, associations, encoded = row
+        images = torch.stack([transform(decode_rgb(image["bytes"])) for image in encoded])
         article = "An" if cue[:1].lower() in "aeiou" else "A"
         tokens = model.tokenizer([f"{article} {cue.lower()}"]).to(device)
         embeddings = model.model.encode_image(images.to(device), normalize=True)
@@ -331,7 +332,7 @@ def evaluate_winogavil(model: LoadedModel, folder: Path, device: str) -> tuple[M
         scores.append((len(candidates), len(right & chosen) / len(right | chosen)))
     hard = np.array([score for size, score in scores if size >= 10])
     if not len(hard):
-        raise EvaluationError(f"{folder} has no instance of WinoGAViL with 10 or 12 pictures")
+        raise EvaluationError(f"{folder} has no instance of WinoGAViL with 10 or 12 images")
     value, error = float(hard.mean()), float(hard.std() / math.sqrt(len(hard)))
     every = float(np.mean([score for _, score in scores]))
     metrics = {"avg_jaccard_score": every, JACCARD: value}

@@ -15,14 +15,19 @@
 # The script writes results.jsonl, in clip-benchmark's format, and accuracy.png.
 # docs/evaluate-and-export.md describes the data sets and their metrics.
 #
-# The script installs clip-benchmark with this package (the extra evaluate) into the active virtual
-# environment; if there is none, into .venv. Run it again to continue: what is in results.jsonl is
-# not evaluated again.
+# The script installs clip-benchmark with this package (the extra `evaluate`) into the active virtual
+# environment; if there is none, into .venv. Run it again to continue: data sets that are in
+# results.jsonl are not evaluated again.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-case ${1:-} in -h | --help) sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$ROOT/scripts/environment.sh"
+case " $* " in
+    *" -h "* | *" --help "*)
+        sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+        printf '\nAll options: python scripts/evaluate.py --help\n'
+        exit ;;
+esac
 use_environment evaluate
 exec "$PYTHON" "$ROOT/scripts/evaluate.py" "$@"

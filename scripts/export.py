@@ -13,14 +13,15 @@ The script writes to the output folder
 
 `open_clip.create_model_and_transforms("local-dir:DIR")` of open_clip_torch 3.0 and newer loads the
 folder. The ONNX and Core ML encoders take any number of images, which are preprocessed as
-open_clip_config.json says, or of tokenized captions; Core ML takes one. They return embeddings of
-unit length. The blocks of a FastViT are folded there; the safetensors keep them, as OpenCLIP has
-them and training goes on from them.
+open_clip_config.json specifies, or of tokenized captions; Core ML takes one. They return embeddings
+of unit length. FastViT models are reparameterized for inference there; the safetensors keep the
+trainable blocks, so OpenCLIP can load them and continue training.
 
-Each format is read again and compared with the checkpoint's model, on pictures and captions: of
---data, or of the run's validation or training data if they are on this machine, or else those in
-docs/. If a difference is above the tolerance, the script fails, and the folder is not written. Core
-ML runs on macOS only, so elsewhere it is not compared.
+Each format is loaded again and compared with the checkpoint's model on images and captions: those
+of --data, otherwise those of the run's validation or training data if they are on this machine,
+otherwise those in docs/. If a difference is above the tolerance, the script fails, and the folder
+is not written. Core ML runs on macOS only, so elsewhere it is not compared. Without coremltools,
+--coreml is skipped with a message, and the other formats are written.
 
 --push REPO uploads the folder to the Hub, after a list of what is uploaded. It uses the token of
 `hf auth login` or of HF_TOKEN.
@@ -61,13 +62,13 @@ from dr.tar import read_samples
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CARD, RECORD = "README.md", "export.json"
 LOCAL_DIR = "3.0"  # of open_clip_torch, which loads local-dir:
-EXAMPLES = 16  # pictures and captions that the formats are compared on
+EXAMPLES = 16  # images and captions that the formats are compared on
 MIN_HALVED = 256  # numbers of a weight that --fp16 stores in half precision
 RUNS, SECONDS = 10, 3.0  # of a measurement, at most; the median is the latency
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 PACKAGES = ("torch", "open_clip_torch", "timm", *ONNX_PACKAGES, "coremltools")
-# Where the run has no data on this machine, the formats are compared on tiles of this picture.
-PICTURES = ROOT / "docs" / "sample.png"
+# Where the run has no data on this machine, the formats are compared on tiles of this image.
+EXAMPLE_IMAGE = ROOT / "docs" / "sample.png"
 CAPTIONS = (
     *("a photo of a dog", "a photo of a cat", "two people at a table", "a red car on a road"),
     *("a woman office worker", "a page of text", "a diagram in blue", "a drawing of a face"),
@@ -155,34 +156,34 @@ def encode_with(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.inference_mode()(encoder.eval())
 
 
-# --- pictures and captions ------------------------------------------------------------------------
+# --- images and captions --------------------------------------------------------------------------
 def read_pairs(shard: str) -> tuple[list[Image.Image], list[str]]:
-    """The first pictures and captions of an image-caption shard."""
-    pictures, captions = [], []
+    """The first images and captions of an image-caption shard."""
+    images, captions = [], []
     with open(shard, "rb") as file:
         for _, members in read_samples(file, lambda extension: True):
             try:
-                picture, text = decode_image(members), caption(members)
+                img, text = decode_image(members), caption(members)
             except BadSample:
                 continue
-            pictures.append(picture)
+            images.append(img)
             captions.append(text)
-            if len(pictures) == EXAMPLES:
+            if len(images) == EXAMPLES:
                 break
-    if not pictures:
-        raise ExportError(f"{shard} has no sample with a picture and a caption")
-    return pictures, captions
+    if not images:
+        raise ExportError(f"{shard} has no sample with an image and a caption")
+    return images, captions
 
 
 def cut_tiles(path: Path) -> list[Image.Image]:
-    """The tiles of a picture, from its middle."""
-    picture = Image.open(path).convert("RGB")
+    """The tiles of an image, from its middle."""
+    img = Image.open(path).convert("RGB")
     side = round(EXAMPLES**0.5)
-    width, height = picture.width // (2 * side), picture.height // (2 * side)
+    width, height = img.width // (2 * side), img.height // (2 * side)
     return [
-        picture.crop((left, top, left + width, top + height))
-        for top in range(picture.height // 4, picture.height // 4 + side * height, height)
-        for left in range(picture.width // 4, picture.width // 4 + side * width, width)
+        img.crop((left, top, left + width, top + height))
+        for top in range(img.height // 4, img.height // 4 + side * height, height)
+        for left in range(img.width // 4, img.width // 4 + side * width, width)
     ]
 
 
@@ -199,12 +200,12 @@ def find_data(checkpoint: str) -> str | None:
 def read_examples(model: LoadedModel, checkpoint: str, data: str | None) -> Examples:
     shard = expand_braces(data)[0] if data else find_data(checkpoint)
     if shard:
-        pictures, captions = read_pairs(shard)
+        images, captions = read_pairs(shard)
     else:
-        pictures, captions = cut_tiles(PICTURES), list(CAPTIONS)
+        images, captions = cut_tiles(EXAMPLE_IMAGE), list(CAPTIONS)
     transform = model.make_transform()
-    images = torch.stack([transform(picture) for picture in pictures])
-    return Examples(shard or str(PICTURES), images, model.tokenizer(captions))
+    inputs = torch.stack([transform(img) for img in images])
+    return Examples(shard or str(EXAMPLE_IMAGE), inputs, model.tokenizer(captions))
 
 
 # --- formats --------------------------------------------------------------------------------------
@@ -238,10 +239,10 @@ def load_openclip(model: LoadedModel, folder: Path) -> Any:
     return copy.eval()
 
 
-def fold_encoders(model: LoadedModel) -> tuple[ImageEncoder, TextEncoder]:
-    """The encoders for inference, with folded blocks."""
-    folded = reparameterize_model(model.model)  # a copy
-    return ImageEncoder(folded).eval(), TextEncoder(folded).eval()
+def make_encoders(model: LoadedModel) -> tuple[ImageEncoder, TextEncoder]:
+    """The encoders, reparameterized for inference."""
+    copy = reparameterize_model(model.model)
+    return ImageEncoder(copy).eval(), TextEncoder(copy).eval()
 
 
 def halve_weights(graph: Any) -> None:
@@ -272,7 +273,7 @@ def write_onnx(model: LoadedModel, examples: Examples, folder: Path, half: bool)
     inputs = {"image": examples.images[:2], "text": examples.tokens[:2]}
     preprocessing = {name: str(value) for name, value in model.preprocessing.items()}
     run = {}
-    for encoder, (kind, example) in zip(fold_encoders(model), inputs.items(), strict=True):
+    for encoder, (kind, example) in zip(make_encoders(model), inputs.items(), strict=True):
         with warnings.catch_warnings():  # of torch, about its own code
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -315,7 +316,7 @@ def write_coreml(model: LoadedModel, examples: Examples, folder: Path, half: boo
     precision = coremltools.precision.FLOAT16 if half else coremltools.precision.FLOAT32
     inputs = {"image": examples.images[:1], "text": examples.tokens[:1].int()}
     run = {}
-    for encoder, (kind, example) in zip(fold_encoders(model), inputs.items(), strict=True):
+    for encoder, (kind, example) in zip(make_encoders(model), inputs.items(), strict=True):
         torch.backends.mha.set_fastpath_enabled(False)  # coremltools does not know its operation
         try:
             with torch.no_grad():
@@ -545,10 +546,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", required=True, help="OpenCLIP model name, or a model config FILE.json")
     add("--output", required=True, type=Path, help="folder to write")
     add("--onnx", action="store_true", help="write the encoders as ONNX")
-    add("--coreml", action="store_true", help="write the encoders for Core ML")
+    text = "write the encoders for Core ML; skipped if coremltools is not installed"
+    add("--coreml", action="store_true", help=text)
     text = "store the weights of ONNX and Core ML in half precision"
     add("--fp16", action="store_true", help=text)
-    text = "image-caption shard to compare the formats on; default: see above"
+    text = "image-caption shard on which the formats are compared; default: see above"
     add("--data", metavar="SHARD", help=text)
     add("--push", metavar="REPO", help="upload the folder to this model repository of the Hub")
     add("--private", action="store_true", help="make a new repository private")
@@ -570,7 +572,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.onnx and (missing := find_missing(ONNX_PACKAGES)):
         raise ExportError(f"--onnx needs {', '.join(missing)}: pip install -e '.[export]'")
     if args.coreml and find_missing(["coremltools"]):
-        print("Core ML is not written: coremltools is not installed (pip install coremltools)")
+        print(
+            "Core ML was skipped: coremltools is not installed. Run `pip install coremltools`, "
+            f"remove {args.output}, and run the command again"
+        )
         args.coreml = False
     record = export(args)
     name = args.push or args.output.resolve().name
@@ -583,7 +588,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.push:
         push(args.output, args.push, args.private)
     snippet = SNIPPET.format(source=f"local-dir:{args.output}", picture="picture.jpg")
-    print(f"\nTo rank captions for a picture, in Python:\n\n{snippet}")
+    print(f"\nTo rank captions for an image, in Python:\n\n{snippet}")
 
 
 if __name__ == "__main__":

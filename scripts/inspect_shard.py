@@ -1,4 +1,4 @@
-"""Show what the first samples of a shard hold, and whether training can read them.
+"""Show the contents of a shard's first samples, and whether training can read them.
 
     python scripts/inspect_shard.py hf://apple/DFNDR-12M    # its first shard on the Hub
     python scripts/inspect_shard.py hf://apple/DFNDR-12M/00000000.tar --samples 5
@@ -7,7 +7,7 @@
 For each sample the script prints its members with their sizes, the keys of JSON members, names,
 types and shapes of arrays, and the beginning of texts. Then it reads the sample with training's own
 code. A reinforcement shard of the Hub has no image, and perhaps no caption: then the reinforcements
-alone are checked, and the script says what the join has to add. Run it before you download or
+alone are checked, and the script prints what the join has to add. Run it before you download or
 join a data set that you do not know.
 
 Of a shard on the Hub only the beginning is transferred, and nothing is written to disk. HF_TOKEN,
@@ -148,7 +148,7 @@ def describe_member(extension: str, data: bytes) -> str:
             return describe_json(data)
         if extension.rpartition(".")[2] == "txt":
             return describe_text(data)
-    except Exception as error:  # whatever a stranger's file makes the readers raise
+    except Exception as error:  # whatever a broken or hostile file makes the readers raise
         line = f"{type(error).__name__}: {error}"
         return f"cannot be read: {printable(line, 200)}"
     return "not read by training"
@@ -214,7 +214,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         f"configs/{DEFAULT_CONFIG.name}"
     )
     add("--config", type=Path, help=text)
-    text = "lists of synthetic captions that training is to use, as its option of the like name"
+    text = (
+        "keys of the lists of synthetic captions to use, as in training's option "
+        "--dataset-reinforcement-syn-text-key-regex"
+    )
     add("--syn-text-key-regex", type=parse_regex, metavar="R", help=text)
     args = parser.parse_args(arguments)
     dataset = DATASETS[args.dataset] if args.dataset else None

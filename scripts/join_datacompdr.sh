@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Start scripts/join_shards.py on a data set of DataCompDR. Sourced by join_datacompdr12m.sh and
-# join_datacompdr1b.sh.
+# Sourced by join_datacompdr12m.sh and join_datacompdr1b.sh: starts scripts/join_shards.py on a data
+# set of DataCompDR.
 #
 # Expects ROOT.
 

@@ -106,6 +106,11 @@ from dr.tar import (
 VERSION = 2  # of the bytes written; a higher one has finished shards joined again
 GZIP_LEVEL = 1  # of bf16 embeddings; 9 saves 1 % more (join benchmark)
 REPORT = "join_report.json"
+PARTS = {
+    "image": "images (jpg, jpeg, png or webp)",
+    "caption": "captions (txt)",
+    "reinforcement": "reinforcements (syn.json, paug.json, and npz or pth.gz)",
+}
 HOW_TO_GET = {
     "image": "scripts/download_images.sh downloads them; give its output folder as a --source",
     "caption": "scripts/download_datacompdr12m.sh downloads those of DataComp-12M",
@@ -484,24 +489,30 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     source: dict[str, Any] = {"dest": "sources", "action": "append", "metavar": "DIR|PATTERN"}
-    text = "join the folders of this data set; further sources come after them"
+    text = "join the folders of this data set; any --source and --unaligned-source come after them"
     add_dataset_option(parser, text)
     text = "with --dataset: its image shards have other file names, or are split at other samples"
     add("--images-unaligned", action="store_true", help=text)
-    text = "folder of shards, or a pattern such as 'images/{0000..1023}.tar'; once for each source"
+    text = (
+        "folder of shards, or a pattern such as 'images/{0000..1023}.tar'; once for each source. "
+        "The joined shards have the names of the last one"
+    )
     add("--source", type=lambda text: (text, False), help=text, **source)
     text = "the same, if its shards have other file names, or are split at other samples"
     add("--unaligned-source", type=lambda text: (text, True), help=text, **source)
     text = "folder for the joined shards; default: that of --dataset"
     add("--output", type=Path, metavar="DIR", help=text)
-    text = "pattern of the names of the shards to join; default: those of the last --source"
+    text = (
+        "names of the shards to join, a pattern; default: all shards of the last --source, or with "
+        "--dataset alone of its reinforcements"
+    )
     add("--shards", metavar="PATTERN", help=text)
     cores, text = min(8, os.cpu_count() or 1), "processes; default: one for each core, up to 8"
     add("--workers", type=int, default=cores, help=text)
     needed = parser.add_mutually_exclusive_group()
     text, all_parts = "parts that a sample must have; default %(default)s", ",".join(HOW_TO_GET)
     needed.add_argument("--require", default=all_parts, metavar="LIST", help=text)
-    text = "join all samples, whatever they lack"
+    text = "also join samples that lack required parts"
     needed.add_argument("--keep-incomplete", action="store_true", help=text)
     text = "skip samples whose image has another sha256 than the one that was embedded"
     add("--verify-hash", action="store_true", help=text)
@@ -593,7 +604,7 @@ def count_shards(
             )
     if skipped := sorted(everywhere.difference(names)):
         print(
-            f"{len(skipped):,} shards are not joined, because the last --source lacks them, the "
+            f"{len(skipped):,} shards are not joined, because {texts[aligned[-1]]} lacks them, the "
             f"first is {printable(skipped[0])}"
         )
     sys.stdout.flush()
@@ -606,7 +617,7 @@ def check_parts(
     require: Sequence[str],
     how_to_get: Mapping[str, str],
 ) -> None:
-    """Exit with a line if no source holds a required part, judged by the first shards, so that a
+    """Exit with a line if no source contains a required part, judged by the first shards, so that a
     forgotten source is an error before all shards are read. Stops as soon as all parts were
     found."""
     extensions: set[str] = set()
@@ -627,7 +638,7 @@ def check_parts(
     if not extensions:
         return  # joining reports that the shards are empty
     missing = [part for part in require if part not in find_parts(extensions)]
-    lines = [f"no source holds a sample's {part}: {how_to_get[part]}" for part in missing]
+    lines = [f"no source contains {PARTS[part]}: {how_to_get[part]}" for part in missing]
     if missing and unknown:
         lines.append(f"there are {printable(unknown, 1000)}")
     if lines:

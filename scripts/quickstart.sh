@@ -1,31 +1,32 @@
 #!/usr/bin/env bash
-# Show what dataset reinforcement does, on a small real data set: about 3,700 OpenMoji images, on
-# GPUs if there are any, else on the CPU in two processes.
+# Compare training with and without dataset reinforcement on a small real data set: about 3,700
+# OpenMoji images. Uses GPUs if there are any, otherwise two processes on the CPU.
 #
 #     bash scripts/quickstart.sh [--caption-noise P] [--fast]
 #
 # The script sets up the environment and OpenCLIP, makes data in the format of DataComp-12M, trains
-# two teachers, reinforces the data with them, joins it, and trains students of one model for the
-# same number of samples seen, without and with reinforcement. All are compared on held-out images.
-# At last it evaluates the reinforced student with clip-benchmark, and exports it.
+# two teachers, reinforces the data with them, and joins it. Then it trains students of one model,
+# with and without reinforcement, for the same number of samples, and compares all models on
+# held-out images. Finally it evaluates the reinforced student with clip-benchmark, and exports it.
 # It takes up to 20 minutes on 2 cores after the installation.
 #
-# --caption-noise P  Replace each of the students' captions with probability P by what captions of
-#                    web images look like. Default 0.6; 0 leaves all captions clean.
+# --caption-noise P  Replace each of the students' captions with probability P by simulated web
+#                    noise: other languages, file names, generic phrases, captions of other images.
+#                    Default: 0.6; 0 leaves all captions clean.
 # --fast             Run the same steps in about two minutes; the models learn nothing.
 #
-# It writes to quickstart/ (with --fast: quickstart/fast/): results.json, learning_curves.png,
-# augmentations.png, a log file for each step, logs/, datasets/, model/. Run again, it continues where it
-# was interrupted; `rm -r quickstart` starts over.
+# The script writes to quickstart/ (with --fast: quickstart/fast/): results.json,
+# learning_curves.png, augmentations.png, a log file for each step, logs/, datasets/ and model/. Run
+# the script again to continue after an interruption; `rm -r quickstart` removes what it wrote.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$ROOT"
 
 # --- settings -------------------------------------------------------------------------------------
-WORK=${WORK:-$ROOT/quickstart}           # where everything is written
-OPEN_CLIP=${OPEN_CLIP:-$ROOT/open_clip}  # the patched tree; made if it does not exist
-CAPTION_NOISE=${CAPTION_NOISE:-0.6}      # of the students' captions; docs/your-data.md says why
+WORK=${WORK:-$ROOT/quickstart}           # folder for all data and results
+OPEN_CLIP=${OPEN_CLIP:-$ROOT/open_clip}  # patched OpenCLIP; made if it does not exist
+CAPTION_NOISE=${CAPTION_NOISE:-0.6}      # fraction of the students' captions to replace by noise
 fast=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -35,7 +36,10 @@ while [ $# -gt 0 ]; do
         -h | --help)
             sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
             printf '\nSettings (environment variables) and their defaults:\n\n'
-            sed -n 's/^\([A-Z_]*\)=${\1:-\(.*\)}\( *#.*\)\{0,1\}$/  \1=\2\3/p' "${BASH_SOURCE[0]}"
+            sed -n 's/^\([A-Z_]*\)=${\1:-\(.*\)} *# *\(.*\)$/\1=\2|\3/p' "${BASH_SOURCE[0]}" |
+                while IFS='|' read -r setting text; do
+                    printf '  %-28s %s\n' "$setting" "$text"
+                done
             exit ;;
         *) echo "error: found '$1', expected --caption-noise P, --fast or --help" >&2; exit 1 ;;
     esac
@@ -51,15 +55,15 @@ if [ -n "$fast" ]; then
     : "${BATCH:=16}" "${TEACHER_ITERATIONS:=2}" "${STUDENT_ITERATIONS:=4}"
     : "${STUDENT_CHECKPOINTS:=2}"
 fi
-TRAINING_IMAGES=${TRAINING_IMAGES:-}     # empty: all, about 3,300
-DATA_SHARDS=${DATA_SHARDS:-8}
-HELD_OUT=${HELD_OUT:-400}                # images for the evaluation
-AUGMENTATIONS=${AUGMENTATIONS:-10}       # stored for each image
-BATCH=${BATCH:-128}
-TEACHER_ITERATIONS=${TEACHER_ITERATIONS:-500} # x BATCH = samples seen
-STUDENT_ITERATIONS=${STUDENT_ITERATIONS:-210}
-STUDENT_CHECKPOINTS=${STUDENT_CHECKPOINTS:-14} # after each of them the model is evaluated
-STUDENT_SEED=${STUDENT_SEED:-2}
+TRAINING_IMAGES=${TRAINING_IMAGES:-}     # number of training images; empty: all, about 3,300
+DATA_SHARDS=${DATA_SHARDS:-8}            # number of training shards
+HELD_OUT=${HELD_OUT:-400}                # number of images for the evaluation
+AUGMENTATIONS=${AUGMENTATIONS:-10}       # stored augmentations of each image
+BATCH=${BATCH:-128}                      # global batch, in samples
+TEACHER_ITERATIONS=${TEACHER_ITERATIONS:-500} # optimizer steps of each teacher
+STUDENT_ITERATIONS=${STUDENT_ITERATIONS:-210} # optimizer steps of each student
+STUDENT_CHECKPOINTS=${STUDENT_CHECKPOINTS:-14} # checkpoints of each student; each is evaluated
+STUDENT_SEED=${STUDENT_SEED:-2}          # random seed of the students
 
 # Teachers: name and seed. They are trained without reinforcement, on clean captions: they stand for
 # models that were trained on far more and better data than the students'.
@@ -254,7 +258,7 @@ Next, the real data. Download one of the 1,024 shards of DataCompDR-12M (about 8
   source "$VIRTUAL_ENV/bin/activate"
   bash scripts/download_datacompdr12m.sh --shards 0
 
-and go on as README.md says under "Train on DataCompDR-12M". One shard, about 12,500 images, shows
-that each step works, and its model stays near chance on ImageNet. All shards and the published
+and continue with README.md, section "Train on DataCompDR-12M". One shard, about 12,500 images,
+is enough to try each step; its model stays near chance on ImageNet. All shards and the published
 settings gave 61.7 % zero-shot top-1 (ViT-B/16), in about a day on 8 A100.
 TEXT

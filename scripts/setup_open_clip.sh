@@ -8,7 +8,7 @@
 #                       open_clip.patch
 #               3.3     release 3.3.0; with open_clip_v3.patch. docs/training.md compares the two.
 #                       Default: $OPEN_CLIP_VERSION, else the version that DIR has, else pinned
-#   --source git    fetch the commit from $OPEN_CLIP_REPO, without notebooks and pictures
+#   --source git    fetch the commit from $OPEN_CLIP_REPO, without notebooks and images
 #            pypi   take the files from PyPI, for machines that do not reach GitHub. 3.3: from
 #                   open_clip_torch 3.3.0, the same files. pinned: src/open_clip/ from
 #                   open_clip_torch 2.26.1 and src/training/ from 2.24.0. The trainer is the same;

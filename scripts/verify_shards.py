@@ -5,17 +5,17 @@
     python scripts/verify_shards.py 'DIR/{00000000..00001023}.tar' --part 0.01 --teachers
 
 The script checks each sample with training's own code: required members, captions, augmentation
-parameters, row counts and widths of embeddings. It also checks what one visit of training may not
-touch: that the image can be decoded, that all crop boxes are inside it, that all embeddings are
-finite, and that each teacher's block has unit length (to 1e-3; bfloat16: 1e-2). All lists of
-synthetic captions are checked; a list of single letters is bad, too. A bad sample counts once,
-under the first problem found. Each shard must be a whole tar, and contain as many samples as the
-sizes.json in its folder says. With --part or --samples, all headers are read, but only the contents
-of the chosen samples. The choice depends on --seed and the uid alone. Members with unknown
-extensions are counted.
+parameters, row counts and widths of embeddings. Each time training reads the sample, it uses one
+augmentation and one caption of one list; the script checks all of them: that the image can be
+decoded, that all crop boxes are inside it, that all embeddings are finite, and that each teacher's
+block has unit length (to 1e-3; bfloat16: 1e-2). A list of single letters is bad, too. A bad sample
+counts once, under the first problem found. Each shard must be a whole tar, and contain as many
+samples as the sizes.json in its folder lists. With --part or --samples, all headers are read, but
+only the contents of the chosen samples. The choice depends on --seed and the uid alone. Members
+with unknown extensions are counted.
 
-A table shows how much of the pictures the boxes of a sample cover together. Boxes for pictures of
-another size cover too little, or go beyond the picture; if most do, the shards are not usable.
+A table shows how much of the image the boxes of a sample cover together. Boxes for images of
+another size cover too little, or exceed the image; if most do, the shards are not usable.
 
 --teachers proves that images, parameters and embeddings belong together. It embeds some of the good
 samples again, with all their stored augmentations and captions, with the teachers in float32, and
@@ -25,7 +25,7 @@ if there is no network. The published teachers need a GPU.
 
 The script prints a table. The last line says whether training can use the shards, and what to do.
 The exit status is 0 if training can use them. It is 1 if the share of bad samples is above
---max-bad, a shard is damaged or lacks samples, crop boxes belong to pictures of another size, a
+--max-bad, a shard is damaged or lacks samples, crop boxes belong to images of another size, a
 cosine is under --min-cosine, or nothing was read. The only file that is written is --report, all
 results as JSON.
 
@@ -116,7 +116,7 @@ class Sample(NamedTuple):
         position: in its shard.
         uid: its key.
         members: those that training uses, by extension.
-        about: its json, in which a download may have recorded the size of the picture.
+        about: its json, in which a download may have recorded the size of the image.
     """
 
     rank: float
@@ -227,7 +227,7 @@ def check_sample(
         compose: the augmentation of the stored parameters.
         crops: the same, by ``make_cheap_crops``.
         dimensions: D_k, the width of each teacher's block.
-        measure: called with an image of the picture's size, and the parameters.
+        measure: called with an image of the sample's size, and the parameters.
 
     Returns:
         its layout.
@@ -291,7 +291,7 @@ class ShardVerifier:
     keep: int
 
     def __call__(self, item: tuple[str, int | None]) -> dict[str, Any]:
-        """What was found in a shard, by its path and the number of samples that it should hold."""
+        """What was found in a shard, by its path and the number of samples expected."""
         path, expected = item
         if multiprocessing.parent_process() is not None:
             torch.set_num_threads(1)  # there is a process for each core
@@ -303,7 +303,7 @@ class ShardVerifier:
             if not samples:
                 fault = "holds no sample"
             elif expected not in (None, len(samples)):
-                fault = f"holds {len(samples)} samples, the {SIZES} in its folder says {expected}"
+                fault = f"contains {len(samples)} samples, {SIZES} in its folder lists {expected}"
         except tarfile.TarError as error:
             fault = f"not a whole tar: {error}"
         except OSError as error:
@@ -483,7 +483,7 @@ def format_report(report: dict[str, Any]) -> str:
     if report["unknown"]:
         lines += ["", printable(report["first_unknown"], 1000)]
     if boxes := report["crop_boxes"]:
-        lines += ["", f"{'crop boxes cover, of the picture':<36}    median  expected  below 0.9"]
+        lines += ["", f"{'crop boxes cover, of the image':<36}    median  expected  below 0.9"]
         for direction in DIRECTIONS:
             numbers = boxes[direction]
             lines.append(

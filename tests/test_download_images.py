@@ -587,8 +587,8 @@ def test_bad_options_get_one_line(folders, options, line):
 def test_missing_folder_and_help_need_no_img2dataset(folders, tmp_path):
     missing = folders.download()
     assert missing.returncode == 1 and missing.stderr.splitlines()[-1].startswith(
-        f"download_images: error: no folder {folders.captions} (DATACOMP12M_PATH): "
-        "scripts/download_datacompdr12m.sh"
+        f"error: no folder {folders.captions} (DATACOMP12M_PATH): "
+        "run `bash scripts/download_datacompdr12m.sh"
     )
     told = run(["bash", SCRIPT, "--help"], env=environment(IMG2DATASET_VENV=str(tmp_path / "venv")))
     assert (

@@ -425,7 +425,7 @@ def test_token_that_was_logged_in_with_is_found_in_hf_home(place):
     [
         (None, "without a token (401): set HF_TOKEN"),
         ("hf_AnotherSecret", "may not read mlfoundations/DataComp-12M (401): set another one"),
-        ("hf_Another\x01Secret", "HF_TOKEN holds a space"),
+        ("hf_Another\x01Secret", "HF_TOKEN contains a space"),
     ],
 )
 def test_missing_or_wrong_token_is_one_line_without_it(place, token, said):

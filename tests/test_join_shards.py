@@ -938,7 +938,7 @@ def test_keys_with_dots_are_named_with_the_rule_and_their_members_counted(folder
     folders.write(captions=dotted, images=dotted, reinforcements=dotted)
     with pytest.raises(SystemExit) as error:
         folders.join()
-    assert "no source holds a sample's image: " in str(error.value)
+    assert "no source contains images (jpg, jpeg, png or webp): " in str(error.value)
     first = "the first is 'photo.0.url.txt', read as key 'photo' and extension '0.url.txt'"
     assert f"members with unknown extensions: 45, {first} ({rule})" in str(error.value)
     # Some have a plain key: the others are counted, and the first of the run is explained.
@@ -1062,9 +1062,7 @@ def test_forgotten_source_is_an_error_that_says_what_gets_it(folders, forgotten,
         for name in ("captions", "images", "reinforcements")
         if name != forgotten
     ]
-    with pytest.raises(
-        SystemExit, match=rf"no source holds a sample's {forgotten[:-1]}(?s:.)*{script}"
-    ):
+    with pytest.raises(SystemExit, match=rf"no source contains {forgotten} (?s:.)*{script}"):
         folders.join(sources=sources)
     assert not folders.output.exists()
 
@@ -1141,8 +1139,9 @@ def test_a_shard_that_one_source_lacks_is_reported(folders, lacks, capsys):
     if lacks == "reinforcements":  # they name the shards to join
         report = folders.join()
         said = (
-            "1 shards are not joined, because the last --source lacks them, the first is 00000001"
+            f"1 shards are not joined, because {folders.reinforcements} lacks them, the first is "
         )
+        said += "00000001"
     else:
         report, said = folders.join_failing(), "failed: not in the source"
     out, err = capsys.readouterr()

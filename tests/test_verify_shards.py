@@ -323,11 +323,11 @@ def test_boxes_drawn_for_pictures_of_another_size_are_not_usable(
         assert status == 0 and found["verdict"] is None
         return
     assert status == 1 and found["verdict"] in report["wrong"]
-    said = f"boxes were drawn for pictures about {words} this size: download them at that size, "
+    said = f"boxes belong to images of about {words} this size: download them at that size, "
     if count > 2:  # two boxes only tell about how much
         assert f"{said}{boxes} on the longer side" in out.splitlines()[-1] or boxes == 200
         assert said in out.splitlines()[-1]
-    assert "boxes were drawn for pictures about " in out.splitlines()[-1]
+    assert "boxes belong to images of about " in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("scale", [[0.9, 1.0], [1.0, 1.0], [0.05, 0.08]])
@@ -779,7 +779,10 @@ def test_bad_input_gets_one_clear_line(config, tmp_path, many):
 def test_nothing_found_is_one_line_and_an_exit_status(config, tmp_path):
     done = run(command(config, tmp_path), env=environment())
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith(f"no shards in {tmp_path}") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stderr.startswith(f"error: no shards in {tmp_path}")
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_an_interruption_is_one_line(config, tmp_path):

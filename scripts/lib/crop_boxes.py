@@ -1,9 +1,10 @@
-"""Find out whether stored crop boxes were drawn for pictures of another size.
+"""Find out whether stored crop boxes belong to images of another size.
 
-The boxes of a sample together cover nearly all of the picture that they were drawn for. Boxes drawn
-for a smaller picture leave a part of it uncovered, boxes drawn for a larger one go beyond it. How
-much they cover by right depends on their number, on the augmentation and on the shape of the
-pictures, so as many boxes are drawn again for pictures of the same sizes, and compared.
+Crop boxes are stored in pixels and are valid for one image size only. Together, the boxes of a
+sample cover nearly all of that image. If the image at hand is larger, the boxes leave a part of it
+uncovered; if it is smaller, they exceed it. The expected coverage depends on the number of boxes,
+on the augmentation and on the shape of the images. The module therefore samples as many boxes again
+for images of the same sizes, and compares.
 """
 
 from collections import Counter
@@ -15,18 +16,18 @@ from PIL import Image
 
 from dr.transforms import Compose
 
-DRAWN = 200  # sets of boxes that are drawn again in each shard
+DRAWN = 200  # sets of boxes that are sampled again in each shard
 MIN_SAMPLES = 2  # one alone may be off by chance
-LOW, HIGH = 0.9, 105  # a share to report; percent of a picture that only boxes of another exceed
+LOW, HIGH = 0.9, 105  # a share to report; percent of an image that only boxes of another exceed
 RARE = 0.01  # of the right size, this share of the samples is taken for wrong
-ROUNDING = 2  # percent; the size of a small picture is a rounded number
+ROUNDING = 2  # percent; the size of a small image is a rounded number
 COMMON_SIZES = (224, 256, 336, 384, 448, 512, 640, 768, 1024, 2048)  # pixels
 SETTINGS = "img2dataset's resize_mode=keep_ratio_largest and image_size={}"
 WORDS = {1 / 4: "a quarter of", 1 / 3: "a third of", 1 / 2: "half", 2: "twice"}
 WORDS |= {3: "three times", 4: "four times"}
 
 Box = tuple[int, int, int, int]  # top, left, height, width
-Counts = dict[str, Counter[int]]  # histograms in percent of the picture, or in pixels
+Counts = dict[str, Counter[int]]  # histograms in percent of the image, or in pixels
 DIRECTIONS = ("height", "width")
 
 
@@ -39,8 +40,8 @@ class CropBoxes:
 
     Attributes:
         counts: histograms: percent that the boxes cover in each direction, and the same of boxes
-            that were drawn again; pixels of the pictures' longer side; and of boxes that go beyond
-            their picture the percent of the original that they cover, and its longer side.
+            that were sampled again; pixels of the images' longer side; and of boxes that exceed
+            their image the percent of the original that they cover, and its longer side.
     """
 
     def __init__(self, crops: Compose, samples: int) -> None:
@@ -55,23 +56,23 @@ class CropBoxes:
             self.counts |= {direction: Counter(), f"drawn {direction}": Counter()}
 
     def add(
-        self, picture: Image.Image, params: list[dict], read_about: Callable[[], Mapping[str, Any]]
+        self, img: Image.Image, params: list[dict], read_about: Callable[[], Mapping[str, Any]]
     ) -> None:
         """Measure the boxes of a sample.
 
         Args:
-            picture: its image, of any mode.
+            img: its image, of any mode.
             params: of its augmentations.
             read_about: returns its json, which may have the size of the original.
         """
         if self.box is None:
             return
         try:
-            picture = self.before.reapply(picture, params[0])[0]
+            img = self.before.reapply(img, params[0])[0]
         except ValueError:  # an earlier step, which is reported elsewhere
             return
         boxes = [entry["random_resized_crop"] for entry in params]
-        size = picture.height, picture.width
+        size = img.height, img.width
         self._count("", boxes, size)
         self.counts["longer side"][max(size)] += 1
         if any(top + h > size[0] or left + w > size[1] for top, left, h, w in boxes):
@@ -81,7 +82,7 @@ class CropBoxes:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.left)
             for _ in range(min(self.repeat, self.left)):
-                self._count("drawn ", [self.box.sample_params(picture) for _ in boxes], size)
+                self._count("drawn ", [self.box.sample_params(img) for _ in boxes], size)
                 self.left -= 1
 
     def _count(self, prefix: str, boxes: list[Box], size: tuple[int, int]) -> None:
@@ -101,7 +102,7 @@ class CropBoxes:
 
 
 def cover(boxes: list[Box], size: tuple[int, int]) -> tuple[float, float]:
-    """The share of a picture's height and width that boxes cover together; over 1 beyond it."""
+    """The share of an image's height and width that boxes cover together; over 1 beyond it."""
     tops, lefts = [box[0] for box in boxes], [box[1] for box in boxes]
     bottom = max(top + height for top, _, height, _ in boxes)
     right = max(left + width for _, left, _, width in boxes)
@@ -161,7 +162,7 @@ def _share(counter: Counter[int], first: int, last: float = float("inf")) -> flo
 
 
 def _is_off(numbers: dict[str, float], samples: int) -> bool:
-    """Whether most boxes were drawn for another size.
+    """Whether most boxes belong to another image size.
 
     A few boxes vary so much that even half the size is not rare. Then many samples together tell:
     of the right size, half of them cover less than expected, within three standard deviations.
@@ -173,14 +174,14 @@ def _is_off(numbers: dict[str, float], samples: int) -> bool:
 
 
 def _describe(counts: Counts, report: dict[str, Any]) -> str:
-    """What the boxes were drawn for, and what to do."""
+    """The image size that the boxes belong to, and what to do."""
     height, width = (
         report[direction]["median"] / max(report[direction]["expected"], 0.01)
         for direction in DIRECTIONS
     )
     if not 0.85 < height / max(width, 0.01) < 1.18:
         return (
-            f"boxes were drawn for pictures of another shape, {height:.2f} times this height and "
+            f"boxes belong to images of another shape, {height:.2f} times this height and "
             f"{width:.2f} times this width: download them without a change of shape"
         )
     factor = (height * width) ** 0.5
@@ -197,7 +198,7 @@ def _describe(counts: Counts, report: dict[str, Any]) -> str:
             longer = share * quantile(counts["longer side of original"], 0.5)
             setting = SETTINGS.format(_pixels(longer))
         advice = f"they fit the originals by their json: download them with {setting}"
-    return f"boxes were drawn for pictures about {times} this size: {advice}"
+    return f"boxes belong to images of about {times} this size: {advice}"
 
 
 def _pixels(number: float) -> int:

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 from . import ROOT
 
-DOWNLOAD_DATACOMPDR = "scripts/download_datacompdr12m.sh"
-DOWNLOAD_IMAGES = "scripts/download_images.sh"
+DOWNLOAD_DATACOMPDR = "bash scripts/download_datacompdr12m.sh"
+DOWNLOAD_IMAGES = "bash scripts/download_images.sh"
 
 
 class Folder(NamedTuple):
@@ -50,8 +50,10 @@ class Folder(NamedTuple):
             return path
         if not setting and self.needed == "if there":
             return None
-        advice = f"{self.maker} makes it, or set" if self.maker else "make it, or unset"
-        raise SystemExit(f"no folder {path} ({self.setting}): {advice} {self.setting}")
+        advice = f"make it, or unset {self.setting}"
+        if self.maker:
+            advice = f"run `{self.maker}`, or set {self.setting}"
+        raise SystemExit(f"no folder {path} ({self.setting}): {advice}")
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,10 @@ class DataSet:
 
     def how_to_get(self) -> dict[str, str]:
         """What to do if the shards have no samples with an image, a caption, reinforcements."""
-        found = {"image": f"{self.images.maker} downloads them"}
-        found["caption"] = self.caption_help or f"{self.captions.maker} makes them"
+        found = {"image": f"`{self.images.maker}` downloads them"}
+        found["caption"] = self.caption_help or f"`{self.captions.maker}` makes them"
         if self.reinforcements:
-            found["reinforcement"] = f"{self.reinforcements.maker} downloads them"
+            found["reinforcement"] = f"`{self.reinforcements.maker}` downloads them"
         return found
 
     @property
@@ -138,7 +140,7 @@ def _datacompdr12m(repository: str, size: str) -> DataSet:
             "DATACOMPDR12M_NOIMG_PATH", "DataCompDR-12M-noimage", DOWNLOAD_DATACOMPDR
         ),
         joined=Folder(
-            "DATACOMPDR12M_PATH", "DataCompDR-12M/shards", "scripts/join_datacompdr12m.sh"
+            "DATACOMPDR12M_PATH", "DataCompDR-12M/shards", "bash scripts/join_datacompdr12m.sh"
         ),
         config="datacompdr12m.json",
         with_captions="datacomp12m",
@@ -165,9 +167,9 @@ def _dfndr(
         reinforcements=Folder(
             f"{setting}_NOIMG_PATH",
             f"{title}-noimage",
-            f"scripts/download_shards.py --dataset {name}",
+            f"python scripts/download_shards.py --dataset {name}",
         ),
-        joined=Folder(f"{setting}_PATH", joined, f"scripts/join_shards.py --dataset {name}"),
+        joined=Folder(f"{setting}_PATH", joined, f"python scripts/join_shards.py --dataset {name}"),
         config=config,
         caption_help="neither the image shards nor the reinforcement shards have them (txt): set "
         f"{captions} to a folder of shards with <uid>.txt; scripts/inspect_shard.py shows what a "
@@ -195,13 +197,13 @@ DATASETS = {
         size="about 125 TB",
         licence=None,
         captions=Folder(
-            "DATACOMP1B_PATH", "DataComp-1B", "scripts/caption_shards.py", "unless empty"
+            "DATACOMP1B_PATH", "DataComp-1B", "python scripts/caption_shards.py", "unless empty"
         ),
         images=Folder("DATACOMP1B_IMAGES_PATH", "DataComp-1B-images", f"{DOWNLOAD_IMAGES} --1b"),
         reinforcements=Folder(
             "DATACOMPDR1B_NOIMG_PATH", "DataCompDR-1B-noimage", f"{DOWNLOAD_DATACOMPDR} --1b"
         ),
-        joined=Folder("DATACOMPDR1B_PATH", "DataCompDR-1B", "scripts/join_datacompdr1b.sh"),
+        joined=Folder("DATACOMPDR1B_PATH", "DataCompDR-1B", "bash scripts/join_datacompdr1b.sh"),
         config="datacompdr1b.json",
         urls_in="reinforcements",
     ),
@@ -239,15 +241,17 @@ def add_dataset_option(
     )
 
 
-def describe_datasets(*folders: str) -> str:
+def describe_datasets(*folders: str, reinforced: bool = True) -> str:
     """A table of the data sets for ``--help``, and the settings of these folders of theirs.
 
     Args:
         folders: some of ``captions``, ``images``, ``reinforcements``, ``joined``.
+        reinforced: whether only data sets with reinforcements are listed.
     """
     rows = [("name", "repository on the Hub", "shards", "size", "licence")]
     settings: dict[str, str] = {}
-    for name, dataset in DATASETS.items():
+    for name in REINFORCED if reinforced else DATASETS:
+        dataset = DATASETS[name]
         shards = f"{dataset.shards:,}" if dataset.shards else "unknown"
         licence = dataset.licence or "see its card"
         rows.append((name, dataset.repository, shards, dataset.size or "unknown", licence))

@@ -20,7 +20,7 @@ ACCURACY, RECALL = "acc1", "mean_per_class_recall"
 RETRIEVAL = "mean_recall@1"  # of the image for a caption, and of a caption for the image
 F1 = "F1-macro_all"
 WORST_REGION, WORST_GROUP, WORST_TOP5 = "acc_worst_region", "acc_wg", "acc_top5_wg"
-JACCARD = "jaccard_score_10-12"  # of the instances with 10 and 12 pictures
+JACCARD = "jaccard_score_10-12"  # of the instances with 10 and 12 images
 
 
 class DataSet(NamedTuple):
@@ -97,7 +97,7 @@ SUITES = {
     "datacomp38": list(DATACOMP38),
 }
 # The groups of the worst-group metrics: a column of the metadata, <key>.npy. The worst region of
-# FMoW includes "Other", of 4 pictures, as in DataComp's code: it is 0 for many models.
+# FMoW includes "Other", of 4 images, as in DataComp's code: it is 0 for many models.
 GROUP_COLUMN = {WORST_REGION: 0, WORST_GROUP: 0, WORST_TOP5: 0}
 
 
@@ -111,7 +111,7 @@ class Published(NamedTuple):
 
     Attributes:
         name: of the model.
-        parameters: of both encoders, in millions; in training, before blocks are folded.
+        parameters: of both encoders, in millions; in training, before reparameterization.
         imagenet: zero-shot top-1 accuracy.
         average: of the 38 data sets; None: not published.
     """

@@ -74,7 +74,7 @@ def prepare_client() -> None:
     if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
         raise SystemExit("HF_ENDPOINT is no URL such as https://huggingface.co")
     if not re.fullmatch(r"[\x21-\x7e]*", get_token() or ""):
-        raise SystemExit("HF_TOKEN holds a space or a character that no token has: set it again")
+        raise SystemExit("HF_TOKEN contains a space or a character that no token has: set it again")
 
 
 @contextlib.contextmanager

@@ -38,6 +38,8 @@ def run_command(
 ) -> None:
     """Run a command's main function, and report expected errors in one line, with exit status 1.
 
+    The line begins with ``error: ``, also if the command raises SystemExit with a text.
+
     Args:
         main: the command.
         known: errors, besides OSError, whose text is meant for people.
@@ -51,8 +53,17 @@ def run_command(
         raise SystemExit(f"interrupted; {interrupted}") from None
     except BrokenProcessPool:
         raise SystemExit(
-            "a worker was killed, perhaps because memory ran out: run it again with fewer "
+            "error: a worker was killed, perhaps because memory ran out: run it again with fewer "
             + processes
         ) from None
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise SystemExit(_prefix_error(stop.code)) from None
+        raise
     except expected as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(_prefix_error(str(error))) from None
+
+
+def _prefix_error(text: str) -> str:
+    """An error as commands print it, with ``error: `` before it."""
+    return text if text.startswith("error: ") else f"error: {text}"
