@@ -1,6 +1,6 @@
 """The chain that makes batches of samples; it runs in a loader's worker.
 
-    samples → select → shuffle → augment → tokenise and batch
+    samples → select → read rows → shuffle → augment → tokenise and batch
 
 The stages pass on ``sources.Item``s. An item is a sample on its way to a batch, with its cursor:
 how far the worker's stream of samples is after it, which a checkpoint stores. A sample that cannot
@@ -21,15 +21,12 @@ from torch.utils.data import default_collate, get_worker_info
 from .batch import Batch
 from .sample import BadSample, BaselineProcessor, ReinforcedProcessor
 from .sampling import Cursor
-from .sources import Item, Skipped
+from .sources import BLOCK, Item, Skipped
 from .tar import Unknown
 
 Processor = ReinforcedProcessor | BaselineProcessor
 Tokenizer = Callable[[list[str]], Tensor]
 
-# Items that are selected at once: between two images selecting takes twice as long, because the
-# caches are cold.
-BLOCK = 64
 # Samples in a row that a stage of the chain may skip: before its first usable one, and later.
 MAX_SKIPPED_AT_START = 1_000
 MAX_SKIPPED_IN_A_ROW = 100_000  # eight shards of DataComp-12M
@@ -180,7 +177,9 @@ def batches(
         RuntimeError: a stage skipped too many samples in a row, or ``samples`` ended before one
             could be used.
     """
-    items = tally.count_read(in_blocks(use(processor.select, samples, tally), BLOCK))
+    items = in_blocks(use(processor.select, samples, tally), BLOCK)
+    items = in_blocks(use(processor.read_rows, items, tally), BLOCK)
+    items = tally.count_read(items)
     items = shuffle(items) if shuffle else items
     items = use(processor.augment, items, tally)
     used = False

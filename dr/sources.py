@@ -7,16 +7,20 @@ Both yield ``Item``s that contain a sample's members. ``passes`` reads tars by r
 does not support ``pipe:`` and ``http:`` URLs or compressed tars.
 """
 
+import contextlib
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 import webdataset as wds
 
-from .sample import BadSample
+from .index import SUFFIX, Array, Entry, IndexFault, ShardIndex, is_header_of, max_index_bytes
+from .sample import BadSample, Row
 from .sampling import (
     Choice,
     Cursor,
@@ -25,11 +29,17 @@ from .sampling import (
     ShardOrder,
     iterate_positions,
 )
+from .tar import BLOCK as TAR_BLOCK
 from .tar import Members, Unknown, read_samples, sample_spans
 
 UNREADABLE = "shard that can't be read"
 # Shards in a row without one readable sample, after which a stream gives up.
 MAX_UNREADABLE_SHARDS = 10
+# Samples that are read, and selected, at once: the storage fetches them side by side, and between
+# two images each step takes twice as long, because the caches are cold.
+BLOCK = 64
+MAX_GAP = 4096  # bytes between two spans that take one read
+ARRAY_MEMBERS = ("npz", "safetensors")
 MAX_OPEN_SAMPLES = 30_000  # of a worker's open shards: two shards of DataComp, about 1 KB a sample
 MAX_OPEN_SHARDS = 100  # each is an open file
 
@@ -108,24 +118,85 @@ def stream(
 
 
 # --- random access --------------------------------------------------------------------------------
-class _OpenShard:
-    """An open shard and the spans of its samples' members, as far as its headers can be read."""
+def merge_spans(spans: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Spans ``(start, stop)`` in order, those with at most ``gap`` bytes between them as one."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if merged and start - merged[-1][1] <= gap:
+            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+        else:
+            merged.append((start, stop))
+    return merged
 
-    def __init__(self, path: str, wanted: Callable[[str], bool]):
+
+class _OpenShard:
+    """An open shard and its samples, by its index, or as far as its headers can be read.
+
+    Args:
+        path: of the tar.
+        wanted: which members are kept where headers are read, by extension.
+        trusted: whether to use the index.
+
+    Attributes:
+        fault: what is wrong with the shard, if anything.
+        index_fault: why its index is not used.
+    """
+
+    def __init__(self, path: str, wanted: Callable[[str], bool], trusted: bool = True):
         self.file: BinaryIO | None = None
-        self.fault = ""
-        self.samples: list[tuple[str, Members[tuple[int, int]]]] = []  # offset and size
+        self.fault = self.index_fault = ""
+        self.samples: ShardIndex | list[Entry] = []
         try:
             self.file = open(path, "rb")  # noqa: SIM115  (closed when it is evicted)
+            if trusted and self._read_index(path, os.fstat(self.file.fileno())):
+                return
             for key, members in sample_spans(self.file):
                 spans = Members(
                     (name, (m.offset, m.size)) for name, m in members.items() if wanted(name)
                 )
                 if members.unknown:
                     spans.unknown = members.unknown
-                self.samples.append((key, spans))
+                self.samples.append(Entry(key, spans))
         except Exception as error:  # of file systems and of damaged tars
             self.fault = f"{type(error).__name__}: {error}"
+
+    def _read_index(self, path: str, status: os.stat_result) -> bool:
+        try:
+            with open(path + SUFFIX, "rb", buffering=0) as file:  # one read, of any size
+                data = file.read(max_index_bytes(status.st_size) + 1)
+            self.samples = ShardIndex(data, status.st_size, int(status.st_mtime))
+        except FileNotFoundError:
+            self.index_fault = "is missing"
+        except IndexFault as error:
+            self.index_fault = str(error)
+        return not self.index_fault
+
+    def advise(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Have the file system fetch these bytes, which are read soon."""
+        if self.file is not None and hasattr(os, "posix_fadvise"):
+            for start, stop in spans:
+                os.posix_fadvise(self.file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def read(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of spans; fewer where the file is cut off. Neighbours take one read.
+
+        Raises:
+            BadSample: the file system fails.
+        """
+        if self.file is None:
+            raise BadSample(UNREADABLE, self.fault)
+        try:
+            read = [
+                (start, os.pread(self.file.fileno(), stop - start, start))
+                for start, stop in merge_spans(spans, MAX_GAP)
+            ]
+        except OSError as error:
+            raise BadSample(UNREADABLE, error) from error
+        found = []
+        for start, stop in spans:
+            first, data = next(item for item in reversed(read) if item[0] <= start)
+            found.append(data[start - first : stop - first])
+        return found
 
     def close(self) -> None:
         if self.file:
@@ -135,9 +206,15 @@ class _OpenShard:
 class ShardReader:
     """Reads any sample of any shard by its place.
 
-    The headers of a shard are read when its first sample is asked for. After that a sample takes
-    one ``pread`` for each member. The shards used last stay open: at most ``MAX_OPEN_SHARDS``, and
-    if they are more than two, with at most ``MAX_OPEN_SAMPLES`` samples together.
+    Where a shard has an index (see ``index``), that is read when its first sample is asked for,
+    otherwise its headers are read then. After that the members of a sample that are neighbours take
+    one read. If the index knows the arrays of its embeddings, these are ``StoredRows``.
+
+    What is read is compared with the index. If it differs, the index is no longer used, and the
+    shard's headers are read.
+
+    The shards used last stay open: at most ``MAX_OPEN_SHARDS``, and if they are more than two, with
+    at most ``MAX_OPEN_SAMPLES`` samples together.
 
     Args:
         shards: paths of tars.
@@ -147,34 +224,81 @@ class ShardReader:
     def __init__(self, shards: Sequence[str], wanted: Callable[[str], bool]):
         self.shards, self.wanted = shards, wanted
         self.open: OrderedDict[int, _OpenShard] = OrderedDict()  # least recently used first
+        self.distrusted: set[int] = set()  # shards whose index is wrong
+        self._explained = False
 
-    def read(self, shard: int, place: int) -> dict:
+    def advise(self, shard: int, place: int) -> None:
+        """Have the storage prepare to read a sample."""
+        opened = self.open_shard(shard)
+        if place < len(opened.samples):
+            entry = opened.samples[place]
+            opened.advise(merge_spans(self._spans(entry).values(), MAX_GAP))
+
+    def read(self, shard: int, place: int, whole: bool = False) -> dict:
         """Members of a sample by extension, as bytes, with ``__key__`` and ``__url__``.
+
+        Args:
+            shard, place: of the sample.
+            whole: read embeddings as bytes, even if their arrays are known.
 
         Raises:
             BadSample: the shard cannot be read up to that place, or has fewer samples.
         """
-        opened = self._open(shard)
+        try:
+            return self._read(shard, place, whole)
+        except IndexFault as error:
+            self.explain(shard, error)
+            self.distrusted.add(shard)
+            self.open.pop(shard).close()
+            return self._read(shard, place, whole)
+
+    def _read(self, shard: int, place: int, whole: bool) -> dict:
+        opened = self.open_shard(shard)
         if opened.file is None or place >= len(opened.samples):
             if opened.fault:
                 raise BadSample(UNREADABLE, opened.fault)
             raise BadSample("not in its shard", f"sample {place} of {len(opened.samples)}")
-        key, members = opened.samples[place]
-        sample = Members[Any](__key__=key, __url__=self.shards[shard])
-        sample.unknown = members.unknown
-        for extension, (offset, size) in members.items():
-            try:
-                data = os.pread(opened.file.fileno(), size, offset)
-            except OSError as error:
-                raise BadSample(UNREADABLE, error) from error
-            if len(data) != size:
-                raise BadSample(UNREADABLE, f"the {extension} of {key} is cut off")
-            sample[extension] = data
+        entry = opened.samples[place]
+        if whole:
+            entry = entry._replace(arrays=None)
+        sample = Members[Any](__key__=entry.key, __url__=self.shards[shard])
+        sample.unknown = entry.members.unknown
+        spans = self._spans(entry)
+        found = opened.read(list(spans.values()))
+        for (extension, (start, stop)), data in zip(spans.items(), found, strict=True):
+            offset, size = entry.members[extension]
+            header = data[: offset - start]
+            indexed = isinstance(opened.samples, ShardIndex)
+            if indexed and not is_header_of(header, entry.key, extension, size):
+                raise IndexFault(f"is wrong at sample {place}: not the {extension} of {entry.key}")
+            if len(data) != stop - start:
+                raise BadSample(UNREADABLE, f"the {extension} of {entry.key} is cut off")
+            data = data[offset - start :]
+            if stop < offset + size and entry.arrays is not None:
+                sample[extension] = _Rows(self, shard, place, extension, entry.arrays, data)
+            else:
+                sample[extension] = data
         return sample
 
-    def _open(self, shard: int) -> _OpenShard:
+    def _spans(self, entry: Entry) -> dict[str, tuple[int, int]]:
+        """What to read of a sample, by extension: members and the header before each; of
+        embeddings with known arrays only the beginning."""
+        spans = {}
+        for extension, (offset, size) in entry.members.items():
+            if self.wanted(extension):
+                end = size
+                if entry.arrays is not None and extension in ARRAY_MEMBERS:
+                    end = min(size, max(a.stop for a in entry.arrays.values() if a.start == 0))
+                spans[extension] = offset - TAR_BLOCK, offset + end
+        return spans
+
+    def open_shard(self, shard: int) -> _OpenShard:
+        """The shard, opened if it is not open."""
         if shard not in self.open:
-            self.open[shard] = _OpenShard(self.shards[shard], self.wanted)
+            opened = _OpenShard(self.shards[shard], self.wanted, shard not in self.distrusted)
+            self.open[shard] = opened
+            if opened.index_fault and not opened.fault:
+                self.explain(shard, opened.index_fault)
         self.open.move_to_end(shard)
         while len(self.open) > MAX_OPEN_SHARDS or (
             len(self.open) > 2
@@ -182,6 +306,89 @@ class ShardReader:
         ):
             self.open.popitem(last=False)[1].close()
         return self.open[shard]
+
+    def explain(self, shard: int, fault: object) -> None:
+        """Log why the index of a shard is not used; once."""
+        if not self._explained:
+            self._explained = True
+            logging.warning(
+                f"{self.shards[shard]}{SUFFIX} {fault}. The shard is read without it, which takes "
+                "longer; scripts/index_shards.py writes indices. (Logged for the first shard in "
+                "this worker.)"
+            )
+
+
+class _Rows:
+    """See ``sample.StoredRows``.
+
+    Args:
+        reader: of the sample.
+        shard, place: of the sample.
+        extension: of the member.
+        arrays: where they are in the member.
+        head: the first bytes of the member.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        shard: int,
+        place: int,
+        extension: str,
+        arrays: dict[str, Array],
+        head: bytes,
+    ):
+        self.reader, self.shard, self.place = reader, shard, place
+        self.extension, self.arrays, self.head = extension, arrays, head
+
+    def _spans(self, rows: Sequence[Row]) -> list[tuple[int, int]]:
+        """Of the rows in the member, then of the descriptions that are not in its head."""
+        spans = []
+        for name, row in rows:
+            array = self.arrays[name]
+            start = array.offset + row * array.row_bytes
+            spans.append((start, start + array.row_bytes))
+        arrays = {name: self.arrays[name] for name, _ in rows}
+        spans += [(a.start, a.stop) for a in arrays.values() if a.stop > len(self.head)]
+        return spans
+
+    def _locate(self, spans: Iterable[tuple[int, int]]) -> tuple[_OpenShard, list]:
+        """The open shard, and the spans in it."""
+        opened = self.reader.open_shard(self.shard)
+        if not isinstance(opened.samples, ShardIndex):
+            raise IndexFault("is wrong at another sample")
+        offset, size = opened.samples[self.place].members[self.extension]
+        if any(stop > size for _, stop in spans):
+            raise IndexFault(f"is wrong at sample {self.place}: an array is beyond its member")
+        return opened, [(offset + start, offset + stop) for start, stop in spans]
+
+    def advise(self, rows: Sequence[Row]) -> None:
+        with contextlib.suppress(IndexFault):
+            opened, spans = self._locate(self._spans(rows))
+            opened.advise(merge_spans(spans, MAX_GAP))
+
+    def read(self, rows: Sequence[Row]) -> list[bytes]:
+        try:
+            return self._read(rows)
+        except IndexFault as error:
+            self.reader.explain(self.shard, error)
+            raise
+
+    def _read(self, rows: Sequence[Row]) -> list[bytes]:
+        inside = self._spans(rows)
+        opened, spans = self._locate(inside)
+        found = dict(zip(inside, opened.read(spans), strict=True))
+        for name in dict.fromkeys(name for name, _ in rows):
+            array = self.arrays[name]
+            data = found.get((array.start, array.stop), self.head[array.start : array.stop])
+            if not array.is_described_by(data, name, self.extension):
+                raise IndexFault(f"is wrong at sample {self.place}: {name} is another")
+        if any(len(data) != stop - start for (start, stop), data in found.items()):
+            raise IndexFault(f"is wrong at sample {self.place}: the shard is cut off")
+        return [found[span] for span in inside[: len(rows)]]
+
+    def read_sample(self) -> dict:
+        return self.reader.read(self.shard, self.place, whole=True)
 
 
 def count_samples(shards: Sequence[str]) -> list[tuple[int, str]]:
@@ -222,10 +429,14 @@ def passes(reader: ShardReader, state: StreamState) -> Iterator[Item]:
     positions = iterate_positions(
         seed, total, state.previous, state.streams, state.stream, state.cursor
     )
-    for pass_, position, cursor in positions:
-        shard, place = order(pass_).locate(position)
-        item = Item({}, ScheduledChoice(seed, pass_), cursor)
-        try:
-            yield item._replace(sample=reader.read(shard, place))
-        except BadSample as error:
-            yield item.skip(error, f"number {place}", reader.shards[shard])
+    while True:
+        block = []
+        for pass_, position, cursor in islice(positions, BLOCK):
+            shard, place = order(pass_).locate(position)
+            reader.advise(shard, place)
+            block.append((shard, place, Item({}, ScheduledChoice(seed, pass_), cursor)))
+        for shard, place, item in block:
+            try:
+                yield item._replace(sample=reader.read(shard, place))
+            except BadSample as error:
+                yield item.skip(error, f"number {place}", reader.shards[shard])
