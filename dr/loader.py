@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
@@ -70,6 +71,7 @@ class Loader:
         first: batches of the present epoch that were taken before the run was resumed.
         position: batches of the present epoch that were taken so far.
         read, skipped: samples that this rank has read and skipped in the present epoch.
+        wait_fraction: share of the time of the last epoch in which steps waited for batches.
         recent_uids: uids of the batches of the last optimizer step.
     """
 
@@ -77,6 +79,7 @@ class Loader:
         self.args = args
         self.epoch = self.first = self.position = self.read = 0
         self.skipped = Counter[str]()
+        self.wait_fraction = 0.0
         self.recent_uids = deque[list[str]](maxlen=args.accum_freq)
 
     @property
@@ -97,14 +100,18 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         limit = SkipLimit(self.num_batches * self.args.batch_size, self.args.max_skipped_fraction)
-        self.position = self.first
+        self.position, waited = self.first, 0.0
+        begin = asked = time.perf_counter()
         for batch, counts in self._rest_of_epoch(self.batches_of_epoch() - self.first):
+            waited += time.perf_counter() - asked
             self.read += counts.read
             self.skipped.update(counts.skipped)
             limit.check(self.read, self.skipped)
             self.position += 1
             self.recent_uids.append(batch.uids)
             yield batch
+            asked = time.perf_counter()
+        self.wait_fraction = waited / max(time.perf_counter() - begin, 1e-9)
         self.first = self.position = 0
         self.epoch += 1
 

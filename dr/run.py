@@ -27,6 +27,7 @@ from .loader import Loader, gather_objects
 from .towers import parameters_without_gradient, update_statistics_once
 
 TERMINATED = 128 + signal.SIGTERM  # exit status
+MAX_WAIT_FRACTION = 0.1  # more time than this that steps wait for data leads to a warning
 STEPS_KEPT = 3  # whose losses and uids are kept: a loss is examined up to two steps later
 
 
@@ -161,11 +162,13 @@ class Run:
             sys.exit(TERMINATED)
 
     def after_epoch(self, epoch: int, writer: Any = None) -> None:
-        """Log what was skipped in an epoch on all ranks, also as ``data/skipped_…``."""
+        """Log what was skipped in an epoch on all ranks, also as ``data/skipped_…``, and how long
+        steps waited for data, also as ``data/wait_fraction``."""
         if self.loader is None:
             return
         self._check_steps()
         args, ranks = self.args, gather_objects(self.loader.reset_counts(), self.group)
+        waited = max(gather_objects(self.loader.wait_fraction, self.group))
         if args.rank != 0:
             return
         read = sum(counts.read for counts in ranks)
@@ -176,8 +179,15 @@ class Run:
             f"Skipped in epoch {epoch}: {skipped.total()} of {read} samples "
             f"({fraction:.2%}){reasons}"
         )
+        logging.info(f"Steps waited for data in {waited:.1%} of the time of epoch {epoch}")
+        if waited > MAX_WAIT_FRACTION:
+            logging.warning(
+                "Data loading is the bottleneck. Use more --workers (now "
+                f"{args.workers} for each rank; this machine has {os.cpu_count()} cores), more "
+                "cores, or shards that are read faster: docs/performance.md compares the formats"
+            )
         step = self.loader.num_batches // args.accum_freq * (epoch + 1) - 1
-        scalars = {"data/skipped_fraction": fraction}
+        scalars = {"data/skipped_fraction": fraction, "data/wait_fraction": waited}
         for reason, count in skipped.items():
             scalars["data/skipped_" + re.sub(r"\W+", "_", reason).strip("_")] = count
         if writer is not None:

@@ -36,7 +36,7 @@ from .transforms import Compose
 try:  # inflates in about half the time
     from isal.isal_zlib import decompressobj
 except ImportError:
-    from zlib import decompressobj
+    from zlib import decompressobj  # type: ignore[assignment]
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # only these: some of Pillow's formats start a program
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's images have at most 512 x 512
