@@ -139,7 +139,8 @@ class Run:
         self._observe(epoch, step, losses)
         previous = self.steps[-2] if len(self.steps) > 1 else None  # its copy is surely complete
         not_finite = previous is not None and not previous.is_finite()
-        terminate, stop = self._agree(self.terminated, not_finite)
+        fault = self.loader.fault if self.loader is not None else ""
+        terminate, stop = self._agree(self.terminated or bool(fault), not_finite)
         if stop:
             self._stop_on_loss()
         if not self.resumes_within_epochs:
@@ -155,9 +156,14 @@ class Run:
                 logging.info(f"Saved {path}")
         if terminate:
             self._wait_for_all()
+            if fault:
+                raise SystemExit(
+                    f"error: {fault}. Stopped after step {step} of epoch {epoch}. Check the store "
+                    "and the network, and continue with --resume latest."
+                )
+            why = "by SIGTERM" if self.terminated else "as another rank has to stop,"
             logging.info(
-                f"Stopped by SIGTERM after step {step} of epoch {epoch}. "
-                "Continue with --resume latest."
+                f"Stopped {why} after step {step} of epoch {epoch}. Continue with --resume latest."
             )
             sys.exit(TERMINATED)
 

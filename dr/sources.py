@@ -9,16 +9,17 @@ does not support ``pipe:`` and ``http:`` URLs or compressed tars.
 
 import contextlib
 import logging
-import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
-from typing import Any, BinaryIO, NamedTuple
+from itertools import chain, count, islice
+from multiprocessing.pool import ThreadPool
+from typing import Any, NamedTuple
 
 import webdataset as wds
 
+from .files import LocalFile, RemoteFile, StoreDown, is_url, open_file, read_file
 from .index import SUFFIX, Array, Entry, IndexFault, ShardIndex, is_header_of, max_index_bytes
 from .sample import BadSample, Row
 from .sampling import (
@@ -27,7 +28,7 @@ from .sampling import (
     RandomChoice,
     ScheduledChoice,
     ShardOrder,
-    iterate_positions,
+    iterate_windows,
 )
 from .tar import BLOCK as TAR_BLOCK
 from .tar import Members, Unknown, read_samples, sample_spans
@@ -40,6 +41,10 @@ MAX_UNREADABLE_SHARDS = 10
 BLOCK = 64
 MAX_GAP = 4096  # bytes between two spans that take one read
 ARRAY_MEMBERS = ("npz", "safetensors")
+RANGE = 4 << 20  # bytes of a request to a store: 14 samples of DataComp
+MAX_REMOTE_GAP = 256 << 10  # as MAX_GAP
+REQUESTS = 8  # to a store at a time
+MAX_SECONDS = 600  # for a request with all its repetitions
 MAX_OPEN_SAMPLES = 30_000  # of a worker's open shards: two shards of DataComp, about 1 KB a sample
 MAX_OPEN_SHARDS = 100  # each is an open file
 
@@ -70,12 +75,14 @@ class Item(NamedTuple):
         choice: how its augmentation and captions are chosen.
         cursor: without replacement, the stream's cursor after this sample.
         skipped: why it is skipped; None: it is not.
+        turn: its number in the order of the stream, where samples are read in another order.
     """
 
     sample: dict
     choice: Choice
     cursor: Cursor | None = None
     skipped: Skipped | None = None
+    turn: int = 0
 
     def skip(self, error: BadSample, key: str = "", url: str = "") -> "Item":
         """This item, skipped for the reason of ``error``."""
@@ -143,28 +150,29 @@ class _OpenShard:
     """
 
     def __init__(self, path: str, wanted: Callable[[str], bool], trusted: bool = True):
-        self.file: BinaryIO | None = None
+        self.file: LocalFile | RemoteFile | None = None
         self.fault = self.index_fault = ""
         self.samples: ShardIndex | list[Entry] = []
         try:
-            self.file = open(path, "rb")  # noqa: SIM115  (closed when it is evicted)
-            if trusted and self._read_index(path, os.fstat(self.file.fileno())):
+            self.file = open_file(path)
+            if trusted and self._read_index(path, self.file.size, self.file.modified):
                 return
-            for key, members in sample_spans(self.file):
+            for key, members in sample_spans(self.file.as_stream()):
                 spans = Members(
                     (name, (m.offset, m.size)) for name, m in members.items() if wanted(name)
                 )
                 if members.unknown:
                     spans.unknown = members.unknown
                 self.samples.append(Entry(key, spans))
+        except StoreDown:
+            raise
         except Exception as error:  # of file systems and of damaged tars
             self.fault = f"{type(error).__name__}: {error}"
 
-    def _read_index(self, path: str, status: os.stat_result) -> bool:
+    def _read_index(self, path: str, size: int, modified: int | None) -> bool:
         try:
-            with open(path + SUFFIX, "rb", buffering=0) as file:  # one read, of any size
-                data = file.read(max_index_bytes(status.st_size) + 1)
-            self.samples = ShardIndex(data, status.st_size, int(status.st_mtime))
+            data = read_file(path + SUFFIX, max_index_bytes(size) + 1)
+            self.samples = ShardIndex(data, size, modified)
         except FileNotFoundError:
             self.index_fault = "is missing"
         except IndexFault as error:
@@ -172,23 +180,22 @@ class _OpenShard:
         return not self.index_fault
 
     def advise(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Have the file system fetch these bytes, which are read soon."""
-        if self.file is not None and hasattr(os, "posix_fadvise"):
-            for start, stop in spans:
-                os.posix_fadvise(self.file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+        """Have the storage prepare to read these bytes."""
+        if self.file is not None:
+            self.file.advise(merge_spans(spans, MAX_GAP))
 
     def read(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of spans; fewer where the file is cut off. Neighbours take one read.
 
         Raises:
-            BadSample: the file system fails.
+            BadSample: the storage fails.
+            StoreDown: nothing can be read from a store.
         """
         if self.file is None:
             raise BadSample(UNREADABLE, self.fault)
         try:
             read = [
-                (start, os.pread(self.file.fileno(), stop - start, start))
-                for start, stop in merge_spans(spans, MAX_GAP)
+                (start, self.file.fetch(start, stop)) for start, stop in merge_spans(spans, MAX_GAP)
             ]
         except OSError as error:
             raise BadSample(UNREADABLE, error) from error
@@ -231,8 +238,26 @@ class ShardReader:
         """Have the storage prepare to read a sample."""
         opened = self.open_shard(shard)
         if place < len(opened.samples):
-            entry = opened.samples[place]
-            opened.advise(merge_spans(self._spans(entry).values(), MAX_GAP))
+            opened.advise(self._spans(opened.samples[place]).values())
+
+    def locate(self, shard: int, place: int) -> tuple[_OpenShard, list[tuple[int, int]]]:
+        """The open shard, and the spans of a sample's members; none if it is not there."""
+        opened = self.open_shard(shard)
+        if place >= len(opened.samples):
+            return opened, []
+        return opened, sorted(self._spans(opened.samples[place]._replace(arrays=None)).values())
+
+    def read_from(self, data: bytes, start: int, shard: int, place: int) -> dict:
+        """As :func:`read` of the whole sample, which ``data``, the bytes from ``start``, has."""
+
+        def fetch(spans: list[tuple[int, int]]) -> list[bytes]:
+            if any(a < start or b > start + len(data) for a, b in spans):
+                raise IndexFault("is wrong at another sample")  # since the range was requested
+            return [data[a - start : b - start] for a, b in spans]
+
+        with contextlib.suppress(IndexFault):
+            return self._read(shard, place, True, fetch)
+        return self.read(shard, place, whole=True)
 
     def read(self, shard: int, place: int, whole: bool = False) -> dict:
         """Members of a sample by extension, as bytes, with ``__key__`` and ``__url__``.
@@ -252,7 +277,13 @@ class ShardReader:
             self.open.pop(shard).close()
             return self._read(shard, place, whole)
 
-    def _read(self, shard: int, place: int, whole: bool) -> dict:
+    def _read(
+        self,
+        shard: int,
+        place: int,
+        whole: bool,
+        fetch: Callable[[list[tuple[int, int]]], list[bytes]] | None = None,
+    ) -> dict:
         opened = self.open_shard(shard)
         if opened.file is None or place >= len(opened.samples):
             if opened.fault:
@@ -264,7 +295,7 @@ class ShardReader:
         sample = Members[Any](__key__=entry.key, __url__=self.shards[shard])
         sample.unknown = entry.members.unknown
         spans = self._spans(entry)
-        found = opened.read(list(spans.values()))
+        found = (fetch or opened.read)(list(spans.values()))
         for (extension, (start, stop)), data in zip(spans.items(), found, strict=True):
             offset, size = entry.members[extension]
             header = data[: offset - start]
@@ -365,7 +396,7 @@ class _Rows:
     def advise(self, rows: Sequence[Row]) -> None:
         with contextlib.suppress(IndexFault):
             opened, spans = self._locate(self._spans(rows))
-            opened.advise(merge_spans(spans, MAX_GAP))
+            opened.advise(spans)
 
     def read(self, rows: Sequence[Row]) -> list[bytes]:
         try:
@@ -421,22 +452,119 @@ class StreamState(NamedTuple):
     stream: int
     cursor: Cursor
 
+    def windows(self) -> Iterator[list[tuple[int, int, Item]]]:
+        """Shard, place and empty item of what the stream takes next, window by window; endless."""
+        order = lru_cache(2)(lambda pass_: ShardOrder(self.seed, pass_, self.sizes))
+        for window in iterate_windows(
+            self.seed, sum(self.sizes), self.previous, self.streams, self.stream, self.cursor
+        ):
+            yield [
+                (
+                    *order(pass_).locate(position),
+                    Item({}, ScheduledChoice(self.seed, pass_), cursor),
+                )
+                for pass_, position, cursor in window
+            ]
+
 
 def passes(reader: ShardReader, state: StreamState) -> Iterator[Item]:
-    """Read the samples at the positions that a stream takes; endless."""
-    seed, sizes, total = state.seed, state.sizes, sum(state.sizes)
-    order = lru_cache(2)(lambda pass_: ShardOrder(seed, pass_, sizes))
-    positions = iterate_positions(
-        seed, total, state.previous, state.streams, state.stream, state.cursor
-    )
+    """Read the samples at the positions that a stream takes, in this order; endless."""
+    places = chain.from_iterable(state.windows())
     while True:
-        block = []
-        for pass_, position, cursor in islice(positions, BLOCK):
-            shard, place = order(pass_).locate(position)
+        block = list(islice(places, BLOCK))
+        for shard, place, _ in block:
             reader.advise(shard, place)
-            block.append((shard, place, Item({}, ScheduledChoice(seed, pass_), cursor)))
         for shard, place, item in block:
             try:
                 yield item._replace(sample=reader.read(shard, place))
             except BadSample as error:
                 yield item.skip(error, f"number {place}", reader.shards[shard])
+
+
+# --- object stores --------------------------------------------------------------------------------
+class _Range:
+    """Samples that are neighbours in a shard, and take one request.
+
+    Attributes:
+        opened: their shard.
+        start, stop: the bytes to request.
+        places: of the samples, with their items.
+    """
+
+    def __init__(self, opened: _OpenShard, start: int, stop: int):
+        self.opened, self.start, self.stop = opened, start, stop
+        self.places: list[tuple[int, int, Item]] = []
+
+    def fetch(self) -> bytes | BadSample | StoreDown:
+        try:
+            file = self.opened.file
+            return file.fetch(self.start, self.stop) if isinstance(file, RemoteFile) else b""
+        except StoreDown as error:
+            return error
+        except Exception as error:  # backends raise any type
+            return BadSample(UNREADABLE, error)
+
+
+def _make_ranges(reader: ShardReader, places: Iterable[tuple[int, int, Item]]) -> Iterator[_Range]:
+    """Group samples into ranges of about ``RANGE`` bytes; endless if ``places`` are."""
+    made: _Range | None = None
+    for shard, place, item in places:
+        opened, spans = reader.locate(shard, place)
+        start, stop = spans[0][0] if spans else 0, spans[-1][1] if spans else 0
+        if made is not None and (
+            opened is not made.opened
+            or not made.stop <= start <= made.stop + MAX_REMOTE_GAP
+            or stop > made.start + RANGE
+        ):
+            yield made
+            made = None
+        made = made or _Range(opened, start, stop)
+        made.stop = stop
+        made.places.append((shard, place, item))
+    if made is not None:
+        yield made
+
+
+def passes_by_window(reader: ShardReader, state: StreamState) -> Iterator[Item]:
+    """Read the samples of :func:`passes`, but within each window in the order in which they are
+    stored. ``Item.turn`` counts in the order of the stream; see ``chain.in_order``.
+
+    So neighbours take one request, and ``REQUESTS`` requests are on their way at any time.
+
+    Raises:
+        StoreDown: nothing can be read from the store.
+    """
+    turns = count()
+    windows = (
+        [(shard, place, item._replace(turn=next(turns))) for shard, place, item in window]
+        for window in state.windows()
+    )
+    # The places of a shard's samples increase with their positions, and its samples are neighbours.
+    by_shard = (sorted(window, key=lambda found: found[:2]) for window in windows)
+    ranges = _make_ranges(reader, chain.from_iterable(by_shard))
+    with ThreadPool(REQUESTS) as pool:
+        waiting = deque[tuple[_Range, Any]]()
+        while True:
+            while len(waiting) < REQUESTS and (made := next(ranges, None)) is not None:
+                waiting.append((made, pool.apply_async(made.fetch)))
+            if not waiting:
+                return
+            made, result = waiting.popleft()
+            try:
+                data = result.get(MAX_SECONDS)
+            except TimeoutError:
+                url = reader.shards[made.places[0][0]]
+                raise StoreDown(f"no answer from the store of {url} in {MAX_SECONDS} s") from None
+            if isinstance(data, StoreDown):
+                raise data
+            for shard, place, item in made.places:
+                try:
+                    if not is_url(reader.shards[shard]):
+                        sample = reader.read(shard, place, whole=True)
+                    elif isinstance(data, BadSample):
+                        raise data
+                    else:
+                        sample = reader.read_from(data, made.start, shard, place)
+                    yield item._replace(sample=sample)
+                except BadSample as error:
+                    yield item.skip(error, f"number {place}", reader.shards[shard])

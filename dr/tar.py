@@ -18,6 +18,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from .files import read_file
+
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
 MAX_MEMBER = 2**28  # bytes; the readers skip a larger member, so its sample lacks it
@@ -25,6 +27,7 @@ MAX_INFLATED = 2**26  # bytes of one embedding member; a sample of DataCompDR-12
 MAX_EXTENDED_HEADER = 1 << 20  # bytes; tarfile reads such a header into memory as a whole
 MAX_PADDING = 1 << 20  # bytes of zeros after the last member; some tools pad this far
 SIZES = "sizes.json"
+MAX_SIZES = 1 << 28  # bytes of it
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 # Required members of a sample: a name for messages, and the extensions of which one must be there.
@@ -345,8 +348,7 @@ def read_sizes(folder: str) -> dict[str, int]:
     """
     path = os.path.join(folder, SIZES)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            sizes = json.load(file)
+        sizes = json.loads(read_file(path, MAX_SIZES).decode("utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
