@@ -59,6 +59,7 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": "a-secret",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": self.url,
+            "AWS_MAX_ATTEMPTS": "1",
         }
 
     def upload(self, folder, target):

@@ -4,8 +4,12 @@ import itertools
 import json
 import logging
 import os
+import signal
+from argparse import Namespace
 
 import pytest
+import s3fs
+import torch
 from lib.tar_writer import index_path, write_index
 from s3_server import S3Server
 from shards import (
@@ -20,8 +24,9 @@ from test_loader import PREPROCESS, digests, loader, options, saved
 from dr import checkpoint, files, sources
 from dr.files import RemoteFile, StoreDown
 from dr.pipeline import make_pass_loader
+from dr.run import Run
 
-FEW = {"RETRY_SECONDS": (0.01,) * 6, "ATTEMPT_SECONDS": 5}
+FEW = {"RETRY_SECONDS": (0.01,) * 5, "ATTEMPT_SECONDS": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +35,7 @@ def quick(monkeypatch):
     for name, value in FEW.items():
         monkeypatch.setattr(files, name, value)
     monkeypatch.setattr(sources, "RANGE", 40_000)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # the repetitions are those of dr/
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +77,12 @@ def from_store(tmp_path, kind="npz", **changes):
 def test_batches_are_those_from_a_disk_whatever_fails_and_resume_in_either(
     data, server, tmp_path, caplog, kind
 ):
-    given = {"workers": 2, "train_num_samples": 126}
+    given = {"workers": 2, "train_num_samples": 63}
     expected = digests(loader(data / kind, tmp_path, **given))
     server.latency, server.errors, server.cut = 0.02, 0.1, 0.1
     part = from_store(tmp_path, kind, **given)
     assert part.sizes == [21] * 3
     assert digests(itertools.islice(part, 7)) == expected[:7]
-    assert digests(from_store(tmp_path, kind, **given)) == expected
     path = saved(tmp_path, part, 7)
     assert digests(from_store(tmp_path, kind, **given, resume=path)) == expected[7:]
     assert digests(loader(data / kind, tmp_path, **given, resume=path)) == expected[7:]
@@ -171,6 +176,28 @@ def test_an_outage_is_reported_before_the_samples_that_are_there_are_used_up(ser
     resumed = from_store(tmp_path, **given, resume=path)
     rest = digests(itertools.islice(resumed, 200 - reported))
     assert found[:reported] + rest == expected
+
+
+def test_the_trainer_saves_a_checkpoint_in_an_outage_and_stops_with_a_line(server, tmp_path):
+    others = {"epochs": 1, "grad_checkpointing": False, "keep_last_k": 2, "name": "run"}
+    others |= {"checkpoint_path": str(tmp_path), "save_logs": True, "torchcompile": True}
+    others |= {"lock_image": False, "lock_text": False}
+    given = {"batch_size": 1, "train_num_samples": 500, "workers": 1, **others}
+    batches, model = from_store(tmp_path, **given), torch.nn.Linear(1, 1)
+    trained = Namespace(dataloader=batches)
+    made = Run(batches.args, {"train": trained}, model, torch.optim.SGD(model.parameters()), None)
+    terminated = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match=r"error: no answer from .*continue with --resume latest"):
+        for step, _ in enumerate(batches, 1):
+            server.down = step > 5
+            made.after_step(0, step, {"loss": torch.ones(())})
+    signal.signal(signal.SIGTERM, terminated)
+    server.down = False
+    (path,) = tmp_path.glob("epoch_0_step_*.pt")
+    resumed = from_store(tmp_path, **given, resume=str(path))
+    assert resumed.position == int(path.stem.rpartition("_")[2]) == batches.position > 5
+    expected = digests(itertools.islice(from_store(tmp_path, **given), batches.position + 5))
+    assert digests(itertools.islice(resumed, 5)) == expected[batches.position :]
 
 
 def test_a_store_that_is_not_there_is_one_line(server, tmp_path, caplog):
