@@ -354,7 +354,8 @@ def _relative_names(shards: Sequence[str]) -> list[str]:
     """Names that stay the same when the data set is moved."""
     if len(shards) == 1:
         return [os.path.basename(shards[0])]
-    return [os.path.relpath(shard, os.path.commonpath(shards)) for shard in shards]
+    common = os.path.commonpath(shards)  # once: it looks at all shards
+    return [os.path.relpath(shard, common) for shard in shards]
 
 
 def _sizes_from_json(shards: Sequence[str]) -> list[int | None]:
