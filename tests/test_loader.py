@@ -95,7 +95,7 @@ def digests(batches):
 
 FIRST_HUNDRED = """
 import sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.path[:0] = [{root!r}, {root!r} + "/scripts", {root!r} + "/tests"]
 from pathlib import Path
 from test_loader import digests, loader
 print(*digests(loader(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, train_num_samples=500)))

@@ -50,7 +50,7 @@ import safetensors.torch
 import torch
 import webdataset as wds
 from braceexpand import braceexpand
-from measure import median_seconds, print_header, process_memory
+from measure import in_fresh_process, median_seconds, print_header, process_memory
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision import transforms as T
@@ -351,6 +351,15 @@ class Turns:
         self.reads.append((end.reads - start.reads) / samples)
 
 
+def buffer_memory(variant: str, shards: list[str], size: int) -> float:
+    """MB that a full shuffle buffer adds to a process."""
+    torch.set_num_threads(1)
+    next(iter(VARIANTS[variant](shards, 1, 1)))
+    before = process_memory()
+    next(iter(VARIANTS[variant](shards, size, 1)))
+    return process_memory() - before
+
+
 def drop_from_page_cache(shards: list[str]) -> None:
     for shard in shards:
         with open(shard, "rb") as file:
@@ -374,6 +383,7 @@ def measure(kind: str, shards: list[str], args: Namespace) -> dict[str, float]:
         cells = [kind, name, f"{1 / took:,.0f}", f"{seconds[args.variants[0]] / took:.2f}"]
         cells += [f"{1000 * took:.2f}", f"{turns.memory:,.0f}"]
         if name in LOADERS:
+            cells += [f"{in_fresh_process(buffer_memory, name, shards, args.shuffle):,.0f}"]
             cells += [f"{statistics.median(turns.bytes) / 1000:.0f}"]
             cells += [f"{statistics.median(turns.reads):.1f}", f"{turns.sent:.0f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -481,9 +491,9 @@ def main(arguments: list[str] | None = None) -> None:
     print_header(args, torch, np, wds)
     print(
         f"| embeddings | variant | samples/s{'' if args.cold else ' of CPU time'} | ratio "
-        "| ms a sample | MB of the worker | KB read | reads | KB to the trainer |"
+        "| ms a sample | MB of the worker | MB of a shuffle buffer | KB read | reads | KB to the trainer |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         if args.data:
             sets = {args.data: list(braceexpand(args.data))}
