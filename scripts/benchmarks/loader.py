@@ -491,7 +491,8 @@ def main(arguments: list[str] | None = None) -> None:
     print_header(args, torch, np, wds)
     print(
         f"| embeddings | variant | samples/s{'' if args.cold else ' of CPU time'} | ratio "
-        "| ms a sample | MB of the worker | MB of a shuffle buffer | KB read | reads | KB to the trainer |"
+        "| ms a sample | MB of the worker | MB of a shuffle buffer | KB read | reads "
+        "| KB to the trainer |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
