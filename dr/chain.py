@@ -1,6 +1,6 @@
 """The chain that makes batches of samples; it runs in a loader's worker.
 
-    samples → select → shuffle → augment → tokenise and batch
+    samples → select → read rows → shuffle → augment → tokenise and batch
 
 The stages pass on ``sources.Item``s. An item is a sample on its way to a batch, with its cursor:
 how far the worker's stream of samples is after it, which a checkpoint stores. A sample that cannot
@@ -19,17 +19,15 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from .batch import Batch
+from .files import StoreDown
 from .sample import BadSample, BaselineProcessor, ReinforcedProcessor
 from .sampling import Cursor
-from .sources import Item, Skipped
+from .sources import BLOCK, Item, Skipped
 from .tar import Unknown
 
 Processor = ReinforcedProcessor | BaselineProcessor
 Tokenizer = Callable[[list[str]], Tensor]
 
-# Items that are selected at once: between two images selecting takes twice as long, because the
-# caches are cold.
-BLOCK = 64
 # Samples in a row that a stage of the chain may skip: before its first usable one, and later.
 MAX_SKIPPED_AT_START = 1_000
 MAX_SKIPPED_IN_A_ROW = 100_000  # eight shards of DataComp-12M
@@ -44,10 +42,12 @@ class Counts(NamedTuple):
     Attributes:
         read: number of samples read.
         skipped: number of samples skipped, by reason.
+        fault: why no more samples can be read soon; empty: they can.
     """
 
     read: int
     skipped: dict[str, int]
+    fault: str = ""
 
 
 class SkipLimit(NamedTuple):
@@ -87,6 +87,7 @@ class Tally:
         self.read, self.skipped = 0, Counter[str]()
         self.warned = Counter[str]()  # since the worker started
         self.has_used = False  # a sample; until then ``Streak`` has a better message
+        self.fault = ""  # see ``Counts``
         self.unknown: Unknown | None = None  # of the first skipped sample with unknown extensions
 
     def count_read(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -116,7 +117,7 @@ class Tally:
 
     def take_counts(self) -> Counts:
         """The counts since the last call."""
-        counts = Counts(self.read, dict(self.skipped))
+        counts = Counts(self.read, dict(self.skipped), self.fault)
         self.read, self.skipped = 0, Counter()
         return counts
 
@@ -162,6 +163,7 @@ def batches(
     batch_size: int,
     tally: Tally,
     shuffle: Callable[[Iterator[Item]], Iterator[Item]] | None = None,
+    order: Callable[[Iterator[Item]], Iterator[Item]] | None = None,
 ) -> Iterator[tuple[Batch, Cursor | None]]:
     """Make batches of samples.
 
@@ -172,6 +174,8 @@ def batches(
         batch_size: samples in a batch; an incomplete last batch is dropped, as in OpenCLIP.
         tally: counts samples read and skipped.
         shuffle: a stage that changes the order of the selected items; None: the order stays.
+        order: a stage that puts the selected items into the order of their stream before they are
+            counted; None: they are in this order.
 
     Yields:
         batches, each with the cursor of its last sample.
@@ -180,7 +184,9 @@ def batches(
         RuntimeError: a stage skipped too many samples in a row, or ``samples`` ended before one
             could be used.
     """
-    items = tally.count_read(in_blocks(use(processor.select, samples, tally), BLOCK))
+    items = in_blocks(use(processor.select, samples, tally), BLOCK)
+    items = in_blocks(use(processor.read_rows, items, tally), BLOCK)
+    items = tally.count_read(order(items) if order else items)
     items = shuffle(items) if shuffle else items
     items = use(processor.augment, items, tally)
     used = False
@@ -221,6 +227,34 @@ def in_blocks(items: Iterable[Item], size: int) -> Iterator[Item]:
     items = iter(items)
     while block := list(islice(items, size)):
         yield from block
+
+
+def in_order(items: Iterable[Item], size: int, tally: Tally) -> Iterator[Item]:
+    """A stage: items in the order of their turns.
+
+    If nothing can be read from a store, ``tally.fault`` is set, and the items that are there follow
+    before StoreDown is raised.
+
+    Args:
+        items: items of turns 0, 1, 2, …, in another order within each window.
+        size: of a window, at most. So many items are in memory.
+        tally: of the worker.
+    """
+    waiting: dict[int, Item] = {}
+    turn, down = 0, None
+    try:
+        for item in items:
+            waiting[item.turn] = item
+            if len(waiting) > size:
+                yield waiting.pop(turn)
+                turn += 1
+    except StoreDown as error:
+        tally.fault, down = str(error), error
+    while turn in waiting:
+        yield waiting.pop(turn)
+        turn += 1
+    if down is not None:
+        raise down
 
 
 def shuffled(items: Iterable[Item], size: int, initial: int, rng: random.Random) -> Iterator[Item]:

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
@@ -20,9 +21,10 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batch import Batch
-from .chain import Counts, Processor, SkipLimit, Tally, Tokenizer, batches
-from .sampling import Cursor, layouts_to_keep
-from .sources import ShardReader, StreamState, count_samples, passes
+from .chain import Counts, Processor, SkipLimit, Tally, Tokenizer, batches, in_order
+from .files import StoreDown, is_url
+from .sampling import WINDOW, Cursor, layouts_to_keep
+from .sources import ShardReader, StreamState, count_samples, passes, passes_by_window
 from .tar import read_sizes
 
 
@@ -70,6 +72,8 @@ class Loader:
         first: batches of the present epoch that were taken before the run was resumed.
         position: batches of the present epoch that were taken so far.
         read, skipped: samples that this rank has read and skipped in the present epoch.
+        fault: why a worker cannot read more samples soon; empty: all can.
+        wait_fraction: share of the time of the last epoch in which steps waited for batches.
         recent_uids: uids of the batches of the last optimizer step.
     """
 
@@ -77,6 +81,7 @@ class Loader:
         self.args = args
         self.epoch = self.first = self.position = self.read = 0
         self.skipped = Counter[str]()
+        self.wait_fraction, self.fault = 0.0, ""
         self.recent_uids = deque[list[str]](maxlen=args.accum_freq)
 
     @property
@@ -97,14 +102,19 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         limit = SkipLimit(self.num_batches * self.args.batch_size, self.args.max_skipped_fraction)
-        self.position = self.first
+        self.position, waited = self.first, 0.0
+        begin = asked = time.perf_counter()
         for batch, counts in self._rest_of_epoch(self.batches_of_epoch() - self.first):
+            waited += time.perf_counter() - asked
             self.read += counts.read
             self.skipped.update(counts.skipped)
+            self.fault = self.fault or counts.fault
             limit.check(self.read, self.skipped)
             self.position += 1
             self.recent_uids.append(batch.uids)
             yield batch
+            asked = time.perf_counter()
+        self.wait_fraction = waited / max(time.perf_counter() - begin, 1e-9)
         self.first = self.position = 0
         self.epoch += 1
 
@@ -238,9 +248,13 @@ class PassLoader(Loader):
             worker_init_fn=ignore_sigterm,
             generator=torch.Generator(),  # without one it would use the trainer's
         )
-        for batch, stream, cursor, counts in loader:
-            self.cursors[stream], self.taken = tuple(cursor), self.taken + 1
-            yield batch, counts
+        try:
+            for batch, stream, cursor, counts in loader:
+                self.cursors[stream], self.taken = tuple(cursor), self.taken + 1
+                yield batch, counts
+        except StoreDown as error:  # its text may be a traceback in a worker
+            line = self.fault or str(error).strip().splitlines()[-1]
+            raise SystemExit(f"error: {line}") from error
 
     def state_dict(self, group: dist.ProcessGroup | None = None) -> dict:
         """As in ``Loader``, with the cursors of all streams."""
@@ -322,12 +336,15 @@ class _PassDataset(IterableDataset):
         process, processes = (worker.id, worker.num_workers) if worker else (0, 1)
         # The trainer takes the workers' batches in turn, and a resumed run continues the turn.
         stream = (process + self.taken) % processes
-        samples = passes(
-            ShardReader(self.shards, self.processor.wanted.__contains__),
-            self.state(self.first_stream + stream, self.cursors[stream]),
-        )
+        reader = ShardReader(self.shards, self.processor.wanted.__contains__)
+        state = self.state(self.first_stream + stream, self.cursors[stream])
         tally = Tally(self.processor.members, self.limit)
-        made = batches(samples, self.processor, self.tokenizer, self.batch_size, tally)
+        samples, order = passes(reader, state), None
+        if any(map(is_url, self.shards)):
+            size = min(WINDOW, sum(state.sizes) // state.streams + 1)
+            samples = passes_by_window(reader, state)
+            order = partial(in_order, size=size, tally=tally)
+        made = batches(samples, self.processor, self.tokenizer, self.batch_size, tally, order=order)
         for _ in range(process, self.batches, processes):
             batch, cursor = next(made)
             yield batch, stream, cursor, tally.take_counts()
@@ -337,14 +354,15 @@ def _relative_names(shards: Sequence[str]) -> list[str]:
     """Names that stay the same when the data set is moved."""
     if len(shards) == 1:
         return [os.path.basename(shards[0])]
-    return [os.path.relpath(shard, os.path.commonpath(shards)) for shard in shards]
+    common = os.path.commonpath(shards)  # once: it looks at all shards
+    return [os.path.relpath(shard, common) for shard in shards]
 
 
 def _sizes_from_json(shards: Sequence[str]) -> list[int | None]:
     """Samples in each shard by the sizes.json in its folder; None where it is not listed."""
     try:
         found = {folder: read_sizes(folder) for folder in {os.path.dirname(s) for s in shards}}
-    except ValueError as error:
+    except (ValueError, OSError, ImportError, StoreDown) as error:
         raise SystemExit(f"error: {error}") from error
     return [found[os.path.dirname(shard)].get(os.path.basename(shard)) for shard in shards]
 
@@ -356,7 +374,10 @@ def _find_sizes(args: Any, shards: Sequence[str]) -> list[int]:
     if unknown and args.rank == 0:
         logging.info(f"Counting the samples of {len(unknown)} shards that no sizes.json lists")
     own = unknown[args.rank :: args.world_size]
-    counted = dict(zip(own, count_samples([shards[place] for place in own]), strict=True))
+    try:
+        counted = dict(zip(own, count_samples([shards[place] for place in own]), strict=True))
+    except StoreDown as error:
+        raise SystemExit(f"error: {error}") from error
     for place, (size, fault) in counted.items():
         if fault:
             logging.warning(

@@ -7,9 +7,11 @@ import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
+import fsspec
 import open_clip
 import torch
 
+from .files import is_url
 from .transforms import Compose, compose_from_config
 from .weights import follow_weights, register_model
 
@@ -205,12 +207,13 @@ def list_rules(args: Namespace, parser: ArgumentParser) -> Iterator[Rule]:
                     "--train-data-upsampling-factors",
                 ),
                 (
-                    bool(re.search(r"(^|::)\w+:", args.train_data or "")),
+                    any(map(_is_stream, (args.train_data or "").split("::"))),
                     f"--train-data {args.train_data}: streams can't be read at any place",
                 ),
                 *_needs_tars(args),
             ],
         )
+        yield from _store_rules(args)
     if args.save_every_n_steps:
         yield from _conflicts("--save-every-n-steps", _needs_tars(args))
     if args.total_steps:
@@ -230,6 +233,21 @@ def list_rules(args: Namespace, parser: ArgumentParser) -> Iterator[Rule]:
 def _conflicts(option: str, others: list[Rule]) -> Iterator[Rule]:
     for given, name in others:
         yield given, f"{option} does not go with {name}: remove one of them"
+
+
+def _is_stream(shards: str) -> bool:
+    """Whether shards are read by a program or by HTTP, in order only."""
+    scheme = re.match(r"(\w+):(//)?", shards)
+    return scheme is not None and (scheme[2] is None or scheme[1] in ("http", "https"))
+
+
+def _store_rules(args: Namespace) -> Iterator[Rule]:
+    for shards in (args.train_data or "").split("::"):
+        if is_url(shards):
+            try:
+                fsspec.get_filesystem_class(shards.partition("://")[0])
+            except (ValueError, ImportError) as error:
+                yield True, f"--train-data {shards}: {error}"
 
 
 def _needs_tars(args: Namespace) -> list[Rule]:

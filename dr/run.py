@@ -27,6 +27,7 @@ from .loader import Loader, gather_objects
 from .towers import parameters_without_gradient, update_statistics_once
 
 TERMINATED = 128 + signal.SIGTERM  # exit status
+MAX_WAIT_FRACTION = 0.1  # more time than this that steps wait for data leads to a warning
 STEPS_KEPT = 3  # whose losses and uids are kept: a loss is examined up to two steps later
 
 
@@ -138,7 +139,8 @@ class Run:
         self._observe(epoch, step, losses)
         previous = self.steps[-2] if len(self.steps) > 1 else None  # its copy is surely complete
         not_finite = previous is not None and not previous.is_finite()
-        terminate, stop = self._agree(self.terminated, not_finite)
+        fault = self.loader.fault if self.loader is not None else ""
+        terminate, stop = self._agree(self.terminated or bool(fault), not_finite)
         if stop:
             self._stop_on_loss()
         if not self.resumes_within_epochs:
@@ -154,18 +156,25 @@ class Run:
                 logging.info(f"Saved {path}")
         if terminate:
             self._wait_for_all()
+            if fault:
+                raise SystemExit(
+                    f"error: {fault}. Stopped after step {step} of epoch {epoch}. Check the store "
+                    "and the network, and continue with --resume latest."
+                )
+            why = "by SIGTERM" if self.terminated else "as another rank has to stop,"
             logging.info(
-                f"Stopped by SIGTERM after step {step} of epoch {epoch}. "
-                "Continue with --resume latest."
+                f"Stopped {why} after step {step} of epoch {epoch}. Continue with --resume latest."
             )
             sys.exit(TERMINATED)
 
     def after_epoch(self, epoch: int, writer: Any = None) -> None:
-        """Log what was skipped in an epoch on all ranks, also as ``data/skipped_…``."""
+        """Log what was skipped in an epoch on all ranks, also as ``data/skipped_…``, and how long
+        steps waited for data, also as ``data/wait_fraction``."""
         if self.loader is None:
             return
         self._check_steps()
         args, ranks = self.args, gather_objects(self.loader.reset_counts(), self.group)
+        waited = max(gather_objects(self.loader.wait_fraction, self.group))
         if args.rank != 0:
             return
         read = sum(counts.read for counts in ranks)
@@ -176,8 +185,15 @@ class Run:
             f"Skipped in epoch {epoch}: {skipped.total()} of {read} samples "
             f"({fraction:.2%}){reasons}"
         )
+        logging.info(f"Steps waited for data in {waited:.1%} of the time of epoch {epoch}")
+        if waited > MAX_WAIT_FRACTION:
+            logging.warning(
+                "Data loading is the bottleneck. Use more --workers (now "
+                f"{args.workers} for each rank; this machine has {os.cpu_count()} cores), more "
+                "cores, or shards that are read faster: docs/performance.md compares the formats"
+            )
         step = self.loader.num_batches // args.accum_freq * (epoch + 1) - 1
-        scalars = {"data/skipped_fraction": fraction}
+        scalars = {"data/skipped_fraction": fraction, "data/wait_fraction": waited}
         for reason, count in skipped.items():
             scalars["data/skipped_" + re.sub(r"\W+", "_", reason).strip("_")] = count
         if writer is not None:

@@ -17,27 +17,59 @@ import random
 import re
 import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .index import Array, IndexFault
 from .sampling import Choice
-from .tar import IMAGE_MEMBERS, PLAIN_MEMBERS, REINFORCED_MEMBERS, Unknown
+from .tar import IMAGE_MEMBERS, MAX_INFLATED, PLAIN_MEMBERS, REINFORCED_MEMBERS, Unknown
 from .tar import USED_MEMBERS as USED_MEMBERS
 from .transforms import Compose
+
+try:  # inflates in about half the time
+    from isal.isal_zlib import decompressobj
+except ImportError:
+    from zlib import decompressobj  # type: ignore[assignment]
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # only these: some of Pillow's formats start a program
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded; DataComp's images have at most 512 x 512
 # Characters of a caption. 77 tokens of CLIP's vocabulary cover at most 2,464 bytes, so the cut
 # changes no token; OpenCLIP's tokenizer takes minutes for 100,000 letters without a space.
 MAX_CAPTION = 8192
-MAX_INFLATED = 2**26  # bytes of one embedding member; a sample of DataCompDR-12M holds 221,184
+
+
+Row = tuple[str, int]  # name of an array, and number of a row
+
+
+class StoredRows(Protocol):
+    """The embeddings of a sample while they are not read yet; it takes the place of the bytes.
+
+    Attributes:
+        arrays: where they are, by name.
+    """
+
+    arrays: dict[str, Array]
+
+    def advise(self, rows: Sequence[Row]) -> None:
+        """Have the storage prepare to read these rows."""
+
+    def read(self, rows: Sequence[Row]) -> list[bytes]:
+        """The bytes of these rows.
+
+        Raises:
+            IndexFault: ``arrays`` are not those of the sample.
+            BadSample: they cannot be read.
+        """
+
+    def read_sample(self) -> dict:
+        """The sample with the whole member, as bytes."""
 
 
 class BadSample(ValueError):
@@ -70,7 +102,7 @@ def check_members(sample: dict, members: dict[str, tuple[str, ...]]) -> None:
         raise BadSample(lack, getattr(sample, "unknown", None) or "")
 
 
-def first_member(sample: dict, extensions: tuple[str, ...]) -> tuple[str, bytes]:
+def first_member(sample: dict, extensions: tuple[str, ...]) -> tuple[str, Any]:
     """Extension and bytes of the first of ``extensions`` that a sample has."""
     return next((extension, sample[extension]) for extension in extensions if extension in sample)
 
@@ -170,7 +202,8 @@ def count_originals(sample: dict) -> int:
 
 
 def embeddings(sample: dict) -> dict[str, Tensor]:
-    """The stored embeddings of ``npz`` (NumPy) or ``pth.gz`` (gzip around ``torch.save``).
+    """The stored embeddings of ``npz`` (NumPy), ``safetensors`` or ``pth.gz`` (gzip around
+    ``torch.save``).
 
     Returns:
         ``image_emb`` ``[A, ΣD_k]`` and ``text_emb`` ``[C + S, ΣD_k]``, float in the precision
@@ -191,7 +224,7 @@ def embeddings(sample: dict) -> dict[str, Tensor]:
 
 
 def locate_synthetic_rows(
-    originals: int, lists: dict[str, list[str]], stored: Mapping[str, np.ndarray | Tensor]
+    originals: int, lists: dict[str, list[str]], stored: Mapping[str, np.ndarray | Tensor | Array]
 ) -> dict[str, tuple[str, int]]:
     """Find the embeddings of each list of synthetic captions.
 
@@ -234,14 +267,17 @@ def _rows(stored: np.ndarray | Tensor, rows: slice | list[int]) -> Tensor:
     return stored[rows].clone()
 
 
-def stored_embeddings(sample: dict) -> dict[str, np.ndarray | Tensor]:
+def stored_embeddings(sample: dict) -> dict[str, Any]:
     """The stored arrays by name, as views of the stored bytes where possible.
 
-    These are ``image_emb`` and ``text_emb``, and ``<key>_emb`` of lists of synthetic captions.
+    These are ``image_emb`` and ``text_emb``, and ``<key>_emb`` of lists of synthetic captions, as
+    NumPy arrays or tensors, or as the places of ``StoredRows``.
     """
     member, data = first_member(sample, REINFORCED_MEMBERS["embeddings"])
+    if not isinstance(data, bytes):
+        return data.arrays
     try:
-        stored: dict = _load_npz(data) if member == "npz" else _load_pth_gz(data)
+        stored: dict = LOADERS[member](data)
     except BadSample:
         raise
     except Exception as error:  # whatever a broken or hostile file makes the readers raise
@@ -322,7 +358,7 @@ def _load_pth_gz(data: bytes) -> dict:
 
 def load_pth_gz(data: bytes) -> Any:
     """What ``torch.save`` stored in a ``pth.gz``: tensors only, and bounded."""
-    stream = zlib.decompressobj(wbits=31)  # reads gzip in three quarters of gzip.open's time
+    stream = decompressobj(wbits=31)  # reads gzip in three quarters of gzip.open's time
     inflated = stream.decompress(data, MAX_INFLATED + 1)
     if len(inflated) > MAX_INFLATED:
         raise BadSample("oversized pth.gz", f"over {MAX_INFLATED} bytes inflated")
@@ -331,6 +367,24 @@ def load_pth_gz(data: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(inflated)) as archive:
         check_inflated(archive, "pth.gz")
     return torch.load(io.BytesIO(inflated), map_location="cpu", weights_only=True)
+
+
+def _load_safetensors(data: bytes) -> dict[str, Tensor]:
+    loaded = safetensors.torch.load(data)
+    return {name: loaded[name] for name in _embedding_names(loaded)}
+
+
+TORCH_TYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+LOADERS: dict[str, Callable[[bytes], dict]] = {
+    "npz": _load_npz,
+    "safetensors": _load_safetensors,
+    "pth.gz": _load_pth_gz,
+}
 
 
 def _embedding_names(found: Iterable[str]) -> list[str]:
@@ -394,7 +448,9 @@ def select(
     Returns:
         ``params`` (for ``compose.reapply``), ``captions`` (the original, a synthetic one, or both
         in this order), ``image_emb`` ``[ΣD_k]`` and ``text_emb`` ``[captions, ΣD_k]`` in the
-        precision stored, the image's member as it was, ``__key__`` and ``__url__``.
+        precision stored, the image's member as it was, ``__key__`` and ``__url__``. Of a sample
+        with ``StoredRows``, ``stored`` and ``rows`` in place of the embeddings, for
+        :func:`read_rows`.
 
     Raises:
         BadSample: something is missing, unreadable or not finite, or row counts disagree.
@@ -432,22 +488,44 @@ def select(
         params = compose.decompress(parameters[augmentation])
     except ValueError as error:
         raise BadSample("augmentation parameters", error) from error
-    image_emb = _rows(stored["image_emb"], [augmentation])
-    text_emb = torch.cat([_rows(stored[name], [row]) for name, row in text_rows])
-    for rows in (image_emb, text_emb):
-        # An infinite or NaN term makes the sum so, in a third of the time of testing each term.
-        if not math.isfinite(rows.float().sum(dtype=torch.float64)):
-            raise BadSample("embeddings are not finite")
+    rows = [("image_emb", augmentation), *text_rows]
     member, image = first_member(sample, IMAGE_MEMBERS)
-    return {
+    selected = {
         "__key__": sample.get("__key__"),
         "__url__": sample.get("__url__"),
         member: image,
         "params": params,
         "captions": captions,
-        "image_emb": image_emb[0],
-        "text_emb": text_emb,
     }
+    _, data = first_member(sample, REINFORCED_MEMBERS["embeddings"])
+    if not isinstance(data, bytes):
+        data.advise(rows)
+        return {**selected, "stored": data, "rows": rows}
+    return _add_rows(selected, [_rows(stored[name], [row]) for name, row in rows])
+
+
+def _add_rows(selected: dict, rows: list[Tensor]) -> dict:
+    """Add the embeddings of one augmentation and of the captions, each ``[1, ΣD_k]``."""
+    for row in rows:
+        # An infinite or NaN term makes the sum so, in a third of the time of testing each term.
+        if not math.isfinite(row.float().sum(dtype=torch.float64)):
+            raise BadSample("embeddings are not finite")
+    return {**selected, "image_emb": rows[0][0], "text_emb": torch.cat(rows[1:])}
+
+
+def read_rows(selected: dict) -> dict:
+    """Read the embeddings that :func:`select` has chosen of a sample with ``StoredRows``.
+
+    Raises:
+        IndexFault: as in ``StoredRows.read``.
+        BadSample: they cannot be read, or are not finite.
+    """
+    stored, rows = selected.pop("stored"), selected.pop("rows")
+    tensors = []
+    for (name, _), data in zip(rows, stored.read(rows), strict=True):
+        dtype = TORCH_TYPES[stored.arrays[name].dtype]
+        tensors.append(torch.frombuffer(bytearray(data), dtype=dtype)[None])
+    return _add_rows(selected, tensors)
 
 
 def _choose_synthetic(uid: str, lists: dict[str, list[str]], choice: Choice) -> tuple[str, int]:
@@ -500,12 +578,25 @@ class ReinforcedProcessor:
                 sample, self.compose, choice, self.mix_ratio, self.width, self.list_keys
             )
         except BadSample as error:
+            data = [sample[name] for name in REINFORCED_MEMBERS["embeddings"] if name in sample]
+            if data and not isinstance(data[0], bytes):  # the fault may be that of an index
+                return self.select(data[0].read_sample(), choice)
             if error.reason == "embedding width" and not self._has_selected:
                 where = f"{sample.get('__key__')} of {sample.get('__url__')}"
                 raise ValueError(f"{where}: {error} by --distill-teacher-dimension") from error
             raise
         self._has_selected = True
         return selected
+
+    def read_rows(self, selected: dict, choice: Choice) -> dict:
+        """Read the selected embeddings, unless they are there; see :func:`read_rows`."""
+        if "stored" not in selected:
+            return selected
+        stored = selected["stored"]
+        try:
+            return read_rows(selected)
+        except IndexFault:
+            return self.select(stored.read_sample(), choice)
 
     def augment(self, selected: dict, choice: Choice) -> dict:
         """Add the ``image``: uint8 ``[H, W, 3]``, or float32 ``[3, H, W]`` if a part is erased."""
@@ -540,6 +631,10 @@ class BaselineProcessor:
         """Add the caption; the image stays as it is."""
         check_members(sample, PLAIN_MEMBERS)
         return {**sample, "captions": [caption(sample)]}
+
+    def read_rows(self, selected: dict, choice: Choice) -> dict:
+        """Nothing is left to read."""
+        return selected
 
     def augment(self, selected: dict, choice: Choice) -> dict:
         """Add the ``image``, float32 ``[3, H, W]``, augmented as ``choice`` decides."""

@@ -111,6 +111,30 @@ def _pieces_left(total: int, previous: Sequence[Sequence[Cursor]], pass_: int) -
     ]
 
 
+def iterate_windows(
+    seed: int,
+    total: int,
+    previous: Sequence[Sequence[Cursor]],
+    streams: int,
+    stream: int,
+    cursor: Cursor,
+) -> Iterator[list[tuple[int, int, Cursor]]]:
+    """Yield what a stream takes next, window by window: pass, position, and the stream's cursor
+    after that; endless."""
+    pass_, taken = cursor
+    while True:
+        pieces = pieces_of_stream(total, previous, pass_, streams, stream)
+        for start, stop, low, high in slice_pieces(pieces, taken):
+            window = list(range(start, stop))
+            random.Random(f"window {seed} {pass_} {start} {stop}").shuffle(window)
+            yield [
+                (pass_, position, (pass_, taken + place))
+                for place, position in enumerate(window[low:high], 1)
+            ]
+            taken += high - low
+        pass_, taken = pass_ + 1, 0
+
+
 def iterate_positions(
     seed: int,
     total: int,
@@ -119,17 +143,9 @@ def iterate_positions(
     stream: int,
     cursor: Cursor,
 ) -> Iterator[tuple[int, int, Cursor]]:
-    """Yield the pass and position that a stream takes next, and its cursor after that; endless."""
-    pass_, taken = cursor
-    while True:
-        pieces = pieces_of_stream(total, previous, pass_, streams, stream)
-        for start, stop, low, high in slice_pieces(pieces, taken):
-            window = list(range(start, stop))
-            random.Random(f"window {seed} {pass_} {start} {stop}").shuffle(window)
-            for position in window[low:high]:
-                taken += 1
-                yield pass_, position, (pass_, taken)
-        pass_, taken = pass_ + 1, 0
+    """As :func:`iterate_windows`, position by position."""
+    windows = iterate_windows(seed, total, previous, streams, stream, cursor)
+    return itertools.chain.from_iterable(windows)
 
 
 class ShardOrder:

@@ -18,12 +18,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from .files import read_file
+
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 20
 MAX_MEMBER = 2**28  # bytes; the readers skip a larger member, so its sample lacks it
+MAX_INFLATED = 2**26  # bytes of one embedding member; a sample of DataCompDR-12M holds 221,184
 MAX_EXTENDED_HEADER = 1 << 20  # bytes; tarfile reads such a header into memory as a whole
 MAX_PADDING = 1 << 20  # bytes of zeros after the last member; some tools pad this far
 SIZES = "sizes.json"
+MAX_SIZES = 1 << 28  # bytes of it
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 # Required members of a sample: a name for messages, and the extensions of which one must be there.
@@ -32,7 +36,7 @@ REINFORCED_MEMBERS = {
     **PLAIN_MEMBERS,
     "synthetic captions": ("syn.json",),
     "augmentation parameters": ("paug.json",),
-    "embeddings": ("npz", "pth.gz"),
+    "embeddings": ("npz", "safetensors", "pth.gz"),
 }
 # What reinforced training reads: the required members, and json, which may hold more captions.
 USED_MEMBERS = {*(name for names in REINFORCED_MEMBERS.values() for name in names), "json"}
@@ -163,7 +167,7 @@ def read_headers(
             raise tarfile.ReadError(f"cut off at byte {offset}: no end mark")
         if plain := parse_plain_header(header):
             member = Member(plain[0], offset, offset + BLOCK, plain[1], True)
-            offset += BLOCK + _padded(member.size)
+            offset += BLOCK + padded(member.size)
         elif not header.strip(b"\0"):
             if whole:
                 _check_padding(file, offset)
@@ -207,7 +211,8 @@ def _parse_size(header: bytes) -> int:
     return tarfile.nti(header[124:136])  # type: ignore[attr-defined]
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Bytes that ``size`` bytes of a member take in a tar."""
     return size + -size % BLOCK
 
 
@@ -343,8 +348,7 @@ def read_sizes(folder: str) -> dict[str, int]:
     """
     path = os.path.join(folder, SIZES)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            sizes = json.load(file)
+        sizes = json.loads(read_file(path, MAX_SIZES).decode("utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:

@@ -432,9 +432,12 @@ def to_normalized(images: torch.Tensor, statistics: torch.Tensor) -> torch.Tenso
         float32 ``[B, 3, H, W]``, normalised.
     """
     if images.dtype == torch.uint8:
-        images = images.permute(0, 3, 1, 2).contiguous().float().div(255)
+        images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        images.div_(255)
+    else:
+        images = images.clone()
     mean, std = statistics.to(images.device)[:, None, :, None, None]
-    return images.sub(mean).div(std)
+    return images.sub_(mean).div_(std)
 
 
 def _is_number(value: Any) -> bool:

@@ -30,9 +30,10 @@ cut off, all samples are skipped, or it cannot be written. The other shards are 
 status is 1. A damaged unaligned shard is reported, its samples count as samples without image, and
 the exit status is 1.
 
---embeddings bf16 rewrites float32 `npz` as `pth.gz` in bfloat16: 89 KB instead of 222 KB for a
-sample of 36 x 1536 numbers, each rounded to nearest even, by at most 0.4 % (see the join
-benchmark). The script then has to decode every npz, so this is slow, and it needs torch.
+--embeddings bf16 rewrites float32 `npz`, and bfloat16 `pth.gz`, as `safetensors` in bfloat16: 111
+KB instead of 222 KB for a sample of 36 x 1536 numbers, each rounded to nearest even, by at most
+0.4 % (see the join benchmark). Of safetensors training can read single rows, of pth.gz it cannot.
+The script then has to decode every npz or pth.gz, so this is slow, and it needs torch.
 
 To use several machines, give each a --task-index and the same --task-count. They may write to one
 output folder and do not communicate. scripts/join_slurm.sh runs such tasks as an array; --report
@@ -40,6 +41,7 @@ merges their reports.
 
 Outputs
     <shard>.tar         plain ustar; the same bytes for any number of workers and tasks
+    <shard>.tar.index   where its members are, for training; see dr/index.py
     sizes.json          {shard: samples}, in each folder of shards, as OpenCLIP's loader reads it
     join_report.json    counts by reason, bytes, time; with several tasks only after --report
     .joined/            records of the sources of each shard, reports of tasks, indexes
@@ -56,8 +58,7 @@ The script does not check that images and embeddings can be decoded: scripts/ver
 """
 
 import argparse
-import gzip
-import io
+import contextlib
 import json
 import os
 import sys
@@ -89,13 +90,14 @@ from lib.shards import (
     read_json_object,
     strip_name,
 )
-from lib.tar_writer import write_tar
+from lib.tar_writer import has_index, write_index, write_tar
 from lib.tasks import add_task_options, check_task, select_share
 from tqdm import tqdm
 
 from dr.tar import (
     IMAGE_MEMBERS,
     KNOWN_MEMBERS,
+    REINFORCED_MEMBERS,
     SIZES,
     Unknown,
     merge_unknown,
@@ -104,12 +106,11 @@ from dr.tar import (
 )
 
 VERSION = 2  # of the bytes written; a higher one has finished shards joined again
-GZIP_LEVEL = 1  # of bf16 embeddings; 9 saves 1 % more (join benchmark)
 REPORT = "join_report.json"
 PARTS = {
     "image": "images (jpg, jpeg, png or webp)",
     "caption": "captions (txt)",
-    "reinforcement": "reinforcements (syn.json, paug.json, and npz or pth.gz)",
+    "reinforcement": "reinforcements (syn.json, paug.json, and npz, safetensors or pth.gz)",
 }
 HOW_TO_GET = {
     "image": "scripts/download_images.sh downloads them; give its output folder as a --source",
@@ -146,7 +147,7 @@ def find_parts(extensions: Iterable[str]) -> set[str]:
         "image": not extensions.isdisjoint(IMAGE_MEMBERS),
         "caption": "txt" in extensions,
         "reinforcement": {"syn.json", "paug.json"} <= extensions
-        and not extensions.isdisjoint({"npz", "pth.gz"}),
+        and not extensions.isdisjoint(REINFORCED_MEMBERS["embeddings"]),
     }
     return {part for part, complete in parts.items() if complete}
 
@@ -220,27 +221,35 @@ def unite_samples(
 def convert_to_bf16(
     samples: Iterable[tuple[str, Members]], counts: Counts
 ) -> Iterator[tuple[str, Members]]:
-    """Replace each ``npz`` by a ``pth.gz`` in bfloat16; skip samples whose npz cannot be read."""
+    """Replace embeddings by ``safetensors`` in bfloat16; skip samples whose embeddings cannot be
+    read."""
+    import safetensors.torch
     import torch  # takes 200 MB and seconds
 
     from dr.sample import MAX_INFLATED, BadSample, stored_embeddings
 
     for uid, members in samples:
-        npz = members.get("npz")
-        if isinstance(npz, Span):
+        kinds = [name for name in REINFORCED_MEMBERS["embeddings"] if name in members]
+        span = members[kinds[0]] if kinds else None
+        if isinstance(span, Span) and kinds[0] != "safetensors":
             try:
-                if npz.size > MAX_INFLATED:
-                    raise BadSample("oversized npz")
-                stored = stored_embeddings({"npz": npz.read()})
+                if span.size > MAX_INFLATED:
+                    raise BadSample(f"oversized {kinds[0]}")
+                stored = stored_embeddings({kinds[0]: span.read()})
             except BadSample as error:
                 counts.skip(uid, error.reason)
                 continue
-            stream = io.BytesIO()
-            arrays = {name: torch.tensor(array).bfloat16() for name, array in stored.items()}
-            torch.save(arrays, stream)
-            members.pop("pth.gz", None)  # of the two, training would read the npz
-            members["npz"] = gzip.compress(stream.getvalue(), GZIP_LEVEL, mtime=0)
-            members = {"pth.gz" if name == "npz" else name: members[name] for name in members}
+            tensors = {
+                name: array.clone() if torch.is_tensor(array) else torch.tensor(array)
+                for name, array in stored.items()
+            }
+            arrays = {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
+            made = safetensors.torch.save(arrays)
+            members = {
+                "safetensors" if name == kinds[0] else name: made if name == kinds[0] else content
+                for name, content in members.items()
+                if name not in kinds[1:]  # training would not read these
+            }
         yield uid, members
 
 
@@ -254,6 +263,12 @@ class Comparison:
         offset = self.file.tell()
         if self.file.read(len(data)) != data:
             raise ShardError(f"differs from what its sources give, near byte {offset}")
+
+
+def index_shard(shard: Path) -> None:
+    """Write a shard's index, if it can have one: not with members of over 256 MB, for example."""
+    with contextlib.suppress(ShardError):
+        write_index(shard)
 
 
 def record_path(shard: Path) -> Path:
@@ -300,6 +315,8 @@ class Join:
             if record and self._is_up_to_date(name, record):
                 damage = self._find_damage(name, record) if self.recheck else None
                 if not damage:
+                    if not has_index(shard):
+                        index_shard(shard)
                     return {**record, "shard": name, "state": "already there"}
             return {**self._write(name), "shard": name, "state": "joined", "damaged": damage}
         except Exception as error:  # whatever a damaged file causes: the other shards are joined
@@ -374,6 +391,7 @@ class Join:
             **vars(counts),
         }
         publish_json(record, made)
+        index_shard(shard)
         return made
 
 
@@ -516,7 +534,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     needed.add_argument("--keep-incomplete", action="store_true", help=text)
     text = "skip samples whose image has another sha256 than the one that was embedded"
     add("--verify-hash", action="store_true", help=text)
-    add("--embeddings", choices=["bf16"], help="rewrite npz as pth.gz in bfloat16; default: copy")
+    text = "rewrite npz and pth.gz as safetensors in bfloat16; default: copy"
+    add("--embeddings", choices=["bf16"], help=text)
     add("--recheck", action="store_true", help="read finished shards, join damaged ones again")
     add("--index-only", action="store_true", help="only update the index of unaligned sources")
     add_task_options(parser)

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
@@ -86,7 +87,9 @@ def uid(seed):
     return f"{seed:032x}"
 
 
-def reinforced_sample(seed, augmentations=4, captions=3, width=12, bf16=False, as_string=False):
+def reinforced_sample(
+    seed, augmentations=4, captions=3, width=12, bf16=False, as_string=False, kind=None
+):
     """The members of one joined sample by extension.
 
     Row a of ``image_emb`` is ``seed + a / 64`` throughout, row t of ``text_emb`` is
@@ -110,12 +113,21 @@ def reinforced_sample(seed, augmentations=4, captions=3, width=12, bf16=False, a
         ).encode(),
         "json": json.dumps({"uid": uid(seed)}).encode(),
     }
-    members["pth.gz" if bf16 else "npz"] = stored_embeddings(image_emb, text_emb, bf16)
+    kind = kind or ("pth.gz" if bf16 else "npz")
+    members[kind] = stored_embeddings(image_emb, text_emb, kind != "npz", kind)
     return members
 
 
 def dfndr_sample(
-    seed, lists, originals=1, augmentations=4, width=12, bf16=False, in_text_emb=(), unit=False
+    seed,
+    lists,
+    originals=1,
+    augmentations=4,
+    width=12,
+    bf16=False,
+    in_text_emb=(),
+    unit=False,
+    kind=None,
 ):
     """The members of one joined sample of the DFNDR layout, in which everything says what it is.
 
@@ -154,13 +166,17 @@ def dfndr_sample(
     members["txt"] = texts[0].encode()
     if originals > 1:
         members["json"] = json.dumps({"uid": uid(seed), "texts": texts}).encode()
-    members["pth.gz" if bf16 else "npz"] = stored_embeddings(bf16=bf16, **arrays)
+    kind = kind or ("pth.gz" if bf16 else "npz")
+    members.pop("pth.gz" if bf16 else "npz")
+    members[kind] = stored_embeddings(bf16=kind != "npz", kind=kind, **arrays)
     return members
 
 
-def stored_embeddings(image_emb, text_emb, bf16=False, **others):
+def stored_embeddings(image_emb, text_emb, bf16=False, kind=None, **others):
     arrays = {"image_emb": image_emb, "text_emb": text_emb, **others}
     stream = io.BytesIO()
+    if kind == "safetensors":
+        return safetensors.torch.save({name: array.bfloat16() for name, array in arrays.items()})
     if bf16:
         torch.save({name: array.bfloat16() for name, array in arrays.items()}, stream)
         return gzip.compress(stream.getvalue())

@@ -202,7 +202,7 @@ def test_the_join_converts_the_embeddings_of_all_lists_to_bf16(tmp_path):
     command = [sys.executable, script, "--source", tmp_path / "in", "--output", tmp_path / "out"]
     subprocess.run([*map(str, command), "--embeddings", "bf16"], check=True)
     joined = read_samples(tmp_path / "out" / "00000000.tar")[uid(7)]
-    assert "pth.gz" in joined and "npz" not in joined
+    assert "safetensors" in joined and "npz" not in joined
     before, after = embeddings(sample), embeddings(joined)
     for name, rows in before.items():
         assert after[name].dtype == torch.bfloat16 and torch.equal(after[name], rows.bfloat16())

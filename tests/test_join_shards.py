@@ -24,8 +24,10 @@ import pytest
 import torch
 import webdataset
 from lib import tar_writer
-from shards import read_shard, read_tars, stored_embeddings, write_shard
+from lib.tar_writer import has_index, index_path
+from shards import read_shard, read_tars, reinforced_sample, stored_embeddings, write_shard
 
+from dr.index import make_index
 from dr.sample import REINFORCED_MEMBERS, embeddings
 from dr.tar import parse_plain_header
 
@@ -486,13 +488,20 @@ def test_bf16_embeddings_are_those_of_the_npz_rounded_to_nearest_even(folders, t
     for output in (folders.output, tmp_path / "again"):
         folders.join("--embeddings", "bf16", output=output)
     sample = folders.joined()[A]
-    assert "npz" not in sample and {*sample, "npz"} == {*members, "pth.gz", "jpg", "txt", "npz"}
-    read = embeddings({"pth.gz": sample["pth.gz"]})
+    assert "npz" not in sample and {*sample, "npz"} == {
+        *members,
+        "safetensors",
+        "jpg",
+        "txt",
+        "npz",
+    }
+    read = embeddings({"safetensors": sample["safetensors"]})
     assert {tensor.dtype for tensor in read.values()} == {torch.bfloat16}
     assert all(read[name].equal(stored[name].bfloat16()) for name in stored)
     assert read["image_emb"][0, :3].tolist() == [1, 1 + 2**-6, 1 + 2**-7]
     assert read_tars(folders.output) == read_tars(tmp_path / "again")
     folders.join("--embeddings", "bf16", "--recheck")
+    assert has_index(folders.output / "00000000.tar")
     assert folders.join()["shards"] == {"joined": 1} and "npz" in folders.joined()[A]
 
 
@@ -516,6 +525,35 @@ def test_npz_that_can_not_be_narrowed_costs_its_sample(folders):
         "oversized npz": 1,
     }
     assert list(folders.joined()) == [D]
+
+
+def test_bf16_embeddings_in_pth_gz_stay_what_they_are_and_two_members_become_one(folders):
+    packed, npz = reinforcement(A, "pth.gz"), reinforced_sample(1)["npz"]
+    packed[1]["pth.gz"] = reinforced_sample(0, bf16=True)["pth.gz"]
+    both = (B, {**reinforcement(B)[1], "npz": npz, "pth.gz": packed[1]["pth.gz"]})
+    folders.write(uids=(A, B), reinforcements=[packed, both])
+    folders.join("--embeddings", "bf16")
+    one, other = folders.joined().values()
+    kinds = {"npz", "safetensors", "pth.gz"}
+    assert kinds & set(one) == kinds & set(other) == {"safetensors"}
+    for given, made in (({"pth.gz": packed[1]["pth.gz"]}, one), ({"npz": npz}, other)):
+        before, after = embeddings(given), embeddings({"safetensors": made["safetensors"]})
+        assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
+
+
+def test_a_finished_shard_without_an_up_to_date_index_gets_one(folders):
+    folders.write()
+    folders.join()
+    shard = folders.output / "00000000.tar"
+    made = index_path(shard).read_bytes()
+    with open(shard, "rb") as file:
+        assert made == make_index(file)
+    index_path(shard).unlink()
+    assert folders.join()["shards"] == {"already there": 1}
+    assert index_path(shard).read_bytes() == made
+    os.utime(shard, (1, 1))
+    folders.join()
+    assert has_index(shard)
 
 
 def test_torch_is_not_imported_without_bf16(folders):
@@ -1034,6 +1072,7 @@ def test_full_file_system_fails_what_does_not_fit_and_leaves_nothing_half(folder
     assert lines[lines.index("status 1") + 1 :] == [
         ".joined",
         "00000001.tar",
+        "00000001.tar.index",
         "join_report.json",
         "sizes.json",
     ]

@@ -3,14 +3,18 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 import random
 import sys
+import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment, run
+from lib.tar_writer import write_index
 from shards import (
     encode,
     picture,
@@ -28,6 +32,7 @@ from dr.batch import Batch
 from dr.chain import Counts
 from dr.loader import StreamLoader
 from dr.pipeline import make_pass_loader
+from dr.run import Run
 from dr.sampling import ShardOrder
 
 PREPROCESS = T.Compose(
@@ -90,7 +95,7 @@ def digests(batches):
 
 FIRST_HUNDRED = """
 import sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+sys.path[:0] = [{root!r}, {root!r} + "/scripts", {root!r} + "/tests"]
 from pathlib import Path
 from test_loader import digests, loader
 print(*digests(loader(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, train_num_samples=500)))
@@ -210,6 +215,47 @@ def test_a_run_takes_exactly_its_total_steps(data, tmp_path, accum_freq):
     assert StreamLoader(args, source, 16).num_batches == per_epoch * accum_freq
     assert len(list(StreamLoader(args, source, 16))) == per_epoch * accum_freq
     assert StreamLoader(options(tmp_path), source, 16).num_batches == 16
+
+
+class Scalars(dict):
+    def add_scalar(self, name, value, step):
+        self[name] = value
+
+
+@pytest.mark.parametrize("slow", ["data", "step"])
+def test_the_share_of_time_that_steps_wait_for_data_is_logged_with_advice(tmp_path, caplog, slow):
+    def batches():
+        for number in range(4):
+            time.sleep(0.2 if slow == "data" else 0)
+            yield Batch(torch.zeros(5), torch.zeros(5), [str(number)]), Counts(5, {})
+
+    given = {"torchcompile": True, "grad_checkpointing": False, "wandb": False, "epochs": 1}
+    args = options(tmp_path, dataset_without_replacement=False, workers=3, **given)
+    source = StreamLoader(args, batches(), 4)
+    for _ in source:
+        time.sleep(0.2 if slow == "step" else 0)
+    made = Run(args, {"train": Namespace(dataloader=source)}, None, None, None)
+    caplog.set_level(logging.INFO)
+    scalars = Scalars()
+    made.after_epoch(0, scalars)
+    assert (scalars["data/wait_fraction"] > 0.5) == (slow == "data")
+    assert "Steps waited for data in " in caplog.text
+    assert ("Use more --workers (now 3 for each rank" in caplog.text) == (slow == "data")
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_batches_are_the_same_with_an_index_and_resume_with_or_without(tmp_path, kind):
+    write_reinforced_shards(tmp_path / "data", shards=3, samples=21, width=12, kind=kind)
+    given = {"workers": 2, "train_num_samples": 126}
+    expected = digests(loader(tmp_path / "data", tmp_path, **given))
+    for shard in (tmp_path / "data").glob("*.tar"):
+        write_index(shard)
+    part = loader(tmp_path / "data", tmp_path, **given)
+    assert digests(itertools.islice(part, 5)) == expected[:5]
+    checkpoint_path = saved(tmp_path, part, 5)
+    (tmp_path / "data" / "00000001.tar.index").unlink()
+    resumed = loader(tmp_path / "data", tmp_path, **given, resume=checkpoint_path)
+    assert digests(resumed) == expected[5:] and len(expected) == 26
 
 
 def test_epochs_go_on_where_the_last_one_stopped(data, tmp_path):

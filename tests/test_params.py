@@ -56,6 +56,7 @@ REFUSED = [
         ["--dataset-without-replacement", "--train-data pipe:cat_0.tar: streams can't be read at any place"],
     ),
     ("--dataset-without-replacement --train-data https://a.b/0.tar", ["https://a.b/0.tar: streams can't be read"]),
+    ("--dataset-without-replacement --train-data ab1://a/0.tar", ["--train-data ab1://a/0.tar: Protocol not known: ab1"]),
     ("--dataset-without-replacement --train-data pairs.csv", ["--dataset-without-replacement", "pairs.csv"]),
     ("--save-every-n-steps 5 --dataset-type synthetic", ["--save-every-n-steps", "--dataset-type synthetic"]),
     ("--save-every-n-steps 5 --horovod", ["--save-every-n-steps", "--horovod"]),

@@ -251,7 +251,7 @@ def test_a_worker_without_a_usable_sample_stops_and_says_what_is_lacking(
         next(iter(pipeline(options(tmp_path), f"{tmp_path}/{{00000000..00000001}}.tar", repeat)))
     assert "not one sample can be used" in str(
         raised.value
-    ) and "embeddings (npz or pth.gz)" in str(raised.value)
+    ) and "embeddings (npz or safetensors or pth.gz)" in str(raised.value)
 
 
 def test_shards_without_any_sample_stop_the_run(tmp_path):
@@ -409,6 +409,9 @@ class Picky:
 
     def select(self, sample, choice):
         return self.stage("select", sample)
+
+    def read_rows(self, row, choice):
+        return row
 
     def augment(self, row, choice):
         return self.stage("augment", row)

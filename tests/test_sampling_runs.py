@@ -501,6 +501,7 @@ def test_what_was_skipped_goes_to_tensorboard(on_two_ranks):
         b"data/skipped_undecodable_image",
         b"data/skipped_shard_that_can_t_be_read",
         b"data/skipped_fraction",
+        b"data/wait_fraction",
     ):
         assert tag in logs
 

@@ -181,7 +181,7 @@ DAMAGES = {
     "lacks a caption (txt)": without("txt"),
     "lacks synthetic captions (syn.json)": without("syn.json"),
     "lacks augmentation parameters (paug.json)": without("paug.json"),
-    "lacks embeddings (npz or pth.gz)": without("npz"),
+    "lacks embeddings (npz or safetensors or pth.gz)": without("npz"),
     "undecodable image": replaced("jpg", lambda data: data[: len(data) // 2]),
     "oversized jpg": replaced("jpg", lambda data: bytes(2**26 + 1)),
     "empty caption": replaced("txt", lambda data: b"\n"),
@@ -478,7 +478,7 @@ def test_damaged_shards_are_told_and_the_others_are_read(verify, tmp_path):
     assert (
         status == 1
         and report["read"] == report["samples"] == 3 + 2 + 3 + 3
-        and report["bad"] == {"lacks embeddings (npz or pth.gz)": 1}
+        and report["bad"] == {"lacks embeddings (npz or safetensors or pth.gz)": 1}
     )
     faults = {Path(shard).name: fault for shard, fault in report["faults"].items()}
     assert list(faults) == [f"{shard:08d}.tar" for shard in (1, 2, 3, 5)]

@@ -1,4 +1,4 @@
-"""Measure the loader: CPU time, memory of the shuffle buffer, bytes handed over to the trainer.
+"""Measure the loader: CPU time, memory, what is read, and what is handed over to the trainer.
 
     python scripts/benchmarks/loader.py [--data PATTERN] [--profile]
 
@@ -15,16 +15,21 @@ variants that run alternately, and prints a table:
     floor                 only decodes the JPEG, crops, resizes, and applies the two stored
                           operations of RandAugment
 
-Ratios are to `plain`. Without --data the script makes shards of photographs of 512 pixels with 30
-augmentations, in both formats of embeddings; this needs scikit-image (pip install scikit-image).
+Ratios are to `plain`. KB and reads of a sample are what the worker has asked the system for
+(/proc/self/io, Linux only), whether from the page cache or from a disk. Without --data the script
+makes shards of photographs of 512 pixels with 30 augmentations, in all formats of embeddings, with
+indices; this needs scikit-image (pip install scikit-image).
 
-Reading from a disk is not measured: the shards are in the page cache.
+The shards are in the page cache. --cold drops them from it before each turn, to measure wall time
+from a local disk; the page cache of other files stays.
 """
 
 import argparse
+import contextlib
 import gzip
 import io
 import json
+import os
 import random
 import statistics
 import sys
@@ -37,10 +42,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
+import safetensors.torch
 import torch
 import webdataset as wds
 from braceexpand import braceexpand
@@ -49,7 +55,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision import transforms as T
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, for lib
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for dr
+from lib.tar_writer import write_index
+
 from dr.batch import Batch
 from dr.chain import SkipLimit, Tally, batches, shuffled
 from dr.pipeline import make_processor
@@ -127,6 +136,7 @@ class TimedProcessor:
     def __init__(self, processor: ReinforcedProcessor, spent: dict[str, float]):
         self.members, self.statistics = processor.members, processor.statistics
         self.select = timed(processor.select, spent, "select")
+        self.read_rows = processor.read_rows
         self.augment = timed(processor.augment, spent, "decode and augment")
 
 
@@ -150,6 +160,8 @@ def plain_pipeline(shards: list[str], shuffle: int, batch: int) -> wds.DataPipel
         if "npz" in sample:
             arrays = np.load(io.BytesIO(sample["npz"]))
             embeddings = {name: torch.tensor(rows) for name, rows in arrays.items()}
+        elif "safetensors" in sample:
+            embeddings = safetensors.torch.load(sample["safetensors"])
         else:
             inflated = io.BytesIO(gzip.decompress(sample["pth.gz"]))
             embeddings = torch.load(inflated, weights_only=True)
@@ -235,10 +247,12 @@ def write_shards(folder: Path, samples: int, seed: int) -> dict[str, list[str]]:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     compose = stored_augmentation()
-    with (
-        tarfile.open(folder / "fp32.tar", "w") as fp32,
-        tarfile.open(folder / "bf16.tar", "w") as bf16,
-    ):
+    kinds = {"fp32 npz": "npz", "bf16 pth.gz": "pth.gz", "bf16 safetensors": "safetensors"}
+    with contextlib.ExitStack() as stack:
+        tars = {
+            kind: stack.enter_context(tarfile.open(folder / f"{kind}.tar", "w"))
+            for kind in kinds.values()
+        }
         for number in range(samples):
             image, jpeg = photograph(photos, rng), io.BytesIO()
             image.save(jpeg, "JPEG", quality=95)
@@ -250,9 +264,8 @@ def write_shards(folder: Path, samples: int, seed: int) -> dict[str, list[str]]:
             }
             npz, pth = io.BytesIO(), io.BytesIO()
             np.savez(npz, **stored)
-            torch.save(
-                {name: torch.from_numpy(rows).bfloat16() for name, rows in stored.items()}, pth
-            )
+            rounded = {name: torch.from_numpy(rows).bfloat16() for name, rows in stored.items()}
+            torch.save(rounded, pth)
             members = {
                 "jpg": jpeg.getvalue(),
                 "txt": captions[0].encode(),
@@ -261,9 +274,13 @@ def write_shards(folder: Path, samples: int, seed: int) -> dict[str, list[str]]:
                 "paug.json": json.dumps({"param_aug": parameters}).encode(),
                 "json": b'{"uid": "", "sha256": ""}',
             }
-            add_sample(fp32, number, members | {"npz": npz.getvalue()})
-            add_sample(bf16, number, members | {"pth.gz": gzip.compress(pth.getvalue())})
-    return {"fp32 npz": [f"{folder}/fp32.tar"], "bf16 pth.gz": [f"{folder}/bf16.tar"]}
+            embeddings = {"npz": npz.getvalue(), "pth.gz": gzip.compress(pth.getvalue())}
+            embeddings["safetensors"] = safetensors.torch.save(rounded)
+            for kind, tar in tars.items():
+                add_sample(tar, number, members | {kind: embeddings[kind]})
+    for kind in kinds.values():
+        write_index(folder / f"{kind}.tar")
+    return {title: [f"{folder}/{kind}.tar"] for title, kind in kinds.items()}
 
 
 def add_sample(tar: tarfile.TarFile, number: int, members: dict[str, bytes]) -> None:
@@ -274,23 +291,64 @@ def add_sample(tar: tarfile.TarFile, number: int, members: dict[str, bytes]) -> 
 
 
 # --- measurements ---------------------------------------------------------------------------------
+class Spent(NamedTuple):
+    """What a worker has spent so far: CPU time, bytes and reads."""
+
+    seconds: float
+    bytes: int
+    reads: int
+
+    @classmethod
+    def so_far(cls) -> "Spent":
+        counters = {"rchar": 0, "syscr": 0}
+        if Path("/proc/self/io").exists():
+            lines = Path("/proc/self/io").read_text().splitlines()
+            counters = {name: int(value) for name, value in (line.split(": ") for line in lines)}
+        return cls(time.process_time(), counters["rchar"], counters["syscr"])
+
+
 class TimedBatches(IterableDataset):
-    """A variant's batches, each with the CPU time that its worker has spent so far."""
+    """A variant's batches, each with what its worker has spent so far, and the worker's memory."""
 
     def __init__(self, variant: str, *arguments: Any):
         self.variant, self.arguments = variant, arguments
 
-    def __iter__(self) -> Iterator[tuple[tuple, float]]:
+    def __iter__(self) -> Iterator[tuple[tuple, Spent, float]]:
         for batch in VARIANTS[self.variant](*self.arguments):
-            yield batch, time.process_time()
+            yield batch, Spent.so_far(), process_memory()
 
 
-def worker_seconds(batches: Iterator[tuple[tuple, float]], count: int) -> float:
-    """CPU seconds of a worker for ``count`` batches. It works ahead, so some are there already."""
-    _, start = next(batches)
-    for _ in range(count):
-        _, end = next(batches)
-    return end - start
+class Turns:
+    """The turns of one variant, with its worker.
+
+    Attributes:
+        seconds, bytes, reads: of a sample, for each turn.
+        memory: MB of the worker after the last turn.
+        sent: KB that it has handed over for a sample.
+    """
+
+    def __init__(self, variant: str, shards: list[str], args: Namespace):
+        dataset = TimedBatches(variant, shards, args.shuffle, BATCH)
+        self.worker = iter(DataLoader(dataset, None, num_workers=1))
+        self.seconds, self.bytes, self.reads = [], [], []  # type: ignore[var-annotated]
+        batch, *_ = next(self.worker)
+        tensors = [part for part in batch if isinstance(part, torch.Tensor)]
+        self.sent = sum(tensor.nbytes for tensor in tensors) / BATCH / 1000
+        # Until the heap takes no new pages, as after a worker's first minutes.
+        for _ in range(1 + args.shuffle // BATCH):
+            next(self.worker)
+
+    def take(self, batches: int, wall: bool) -> None:
+        """One turn. The worker works ahead, so some batches are there already."""
+        _, start, _ = next(self.worker)
+        begin = time.perf_counter()
+        for _ in range(batches):
+            _, end, self.memory = next(self.worker)
+        samples = batches * BATCH
+        elapsed = time.perf_counter() - begin if wall else end.seconds - start.seconds
+        self.seconds.append(elapsed / samples)
+        self.bytes.append((end.bytes - start.bytes) / samples)
+        self.reads.append((end.reads - start.reads) / samples)
 
 
 def buffer_memory(variant: str, shards: list[str], size: int) -> float:
@@ -302,34 +360,32 @@ def buffer_memory(variant: str, shards: list[str], size: int) -> float:
     return process_memory() - before
 
 
+def drop_from_page_cache(shards: list[str]) -> None:
+    for shard in shards:
+        with open(shard, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure(kind: str, shards: list[str], args: Namespace) -> dict[str, float]:
     """Print the rows of one set of shards; returns seconds a sample, by variant."""
     random.seed(args.seed)
     torch.manual_seed(args.seed)
-    workers = {
-        name: iter(DataLoader(TimedBatches(name, shards, args.shuffle, BATCH), None, num_workers=1))
-        for name in VARIANTS
-    }
-    sent = {}  # KB a sample
-    for name, worker in workers.items():
-        batch, _ = next(worker)
-        tensors = [part for part in batch if isinstance(part, torch.Tensor)]
-        sent[name] = sum(tensor.nbytes for tensor in tensors) / BATCH / 1000
-        # Until the heap takes no new pages, as after a worker's first minutes.
-        worker_seconds(worker, 1 + args.shuffle // BATCH)
-    turns: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    variants = {name: Turns(name, shards, args) for name in args.variants}
     for _ in range(args.runs):
-        for name, worker in workers.items():
-            turns[name].append(worker_seconds(worker, args.batches) / args.batches / BATCH)
-    del worker, workers  # ends the processes
-    seconds = {name: statistics.median(values) for name, values in turns.items()}
-    memory = {name: in_fresh_process(buffer_memory, name, shards, args.shuffle) for name in LOADERS}
-    for name, took in seconds.items():
-        cells = [kind, name, f"{1 / took:,.0f}"]
-        cells += [f"{seconds['plain'] / took:.2f}", f"{1000 * took:.2f}"]
+        for turns in variants.values():
+            if args.cold:
+                drop_from_page_cache(shards)
+            turns.take(args.batches, args.cold)
+    seconds = {name: statistics.median(turns.seconds) for name, turns in variants.items()}
+    for name, turns in variants.items():
+        took = seconds[name]
+        cells = [kind, name, f"{1 / took:,.0f}", f"{seconds[args.variants[0]] / took:.2f}"]
+        cells += [f"{1000 * took:.2f}", f"{turns.memory:,.0f}"]
         if name in LOADERS:
-            cells += [f"{memory[name]:,.0f}", f"{memory[name] / memory['plain']:.2f}"]
-            cells += [f"{sent[name]:.0f}", f"{sent[name] / sent['plain']:.2f}"]
+            cells += [f"{in_fresh_process(buffer_memory, name, shards, args.shuffle):,.0f}"]
+            cells += [f"{statistics.median(turns.bytes) / 1000:.0f}"]
+            cells += [f"{statistics.median(turns.reads):.1f}", f"{turns.sent:.0f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     return seconds
 
@@ -423,14 +479,22 @@ def main(arguments: list[str] | None = None) -> None:
         "--runs", type=int, default=5, help="runs of each variant; default %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed; default %(default)s")
+    text = "variants to measure; ratios are to the first one; default: all"
+    choices: dict[str, Any] = {"choices": list(VARIANTS), "default": list(VARIANTS)}
+    parser.add_argument("--variants", nargs="+", **choices, help=text)
+    text = "drop the shards from the page cache before each turn, and measure wall time"
+    parser.add_argument("--cold", action="store_true", help=text)
     args = parser.parse_args(arguments)
+    if args.profile and not {"this loader", "floor"} <= set(args.variants):
+        parser.error("--profile needs the variants 'this loader' and floor")
 
     print_header(args, torch, np, wds)
     print(
-        "| embeddings | variant | samples/s of CPU time | ratio | ms a sample "
-        "| MB of a shuffle buffer | ratio | KB to the trainer | ratio |"
+        f"| embeddings | variant | samples/s{'' if args.cold else ' of CPU time'} | ratio "
+        "| ms a sample | MB of the worker | MB of a shuffle buffer | KB read | reads "
+        "| KB to the trainer |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         if args.data:
             sets = {args.data: list(braceexpand(args.data))}

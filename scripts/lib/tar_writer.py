@@ -1,4 +1,4 @@
-"""Write tars of samples: plain ustar, from bytes and from spans of other shards.
+"""Write tars of samples: plain ustar, from bytes and from spans of other shards; and their indices.
 
 The same samples give the same bytes: times and owners are 0.
 """
@@ -7,11 +7,14 @@ import contextlib
 import os
 import tarfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
+from dr.index import SUFFIX, IndexFault, ShardIndex, make_index
 from dr.tar import BLOCK
 
-from .shards import MAX_NAME, MAX_SIZE, ShardError, Span, open_files
+from .publish import publish, remove_leftovers
+from .shards import HEADER_BUFFER, MAX_NAME, MAX_SIZE, ShardError, Span, open_files
 
 BUFFER = 128 << 10  # bytes, as `cat` has; 256 KB took twice the time or longer (ext4, Linux 6.18)
 WRITE_BACK = 16 << 20  # bytes after which the disk is asked to begin writing
@@ -102,3 +105,34 @@ def write_tar(out: Output, samples: Iterable[tuple[str, Mapping[str, bytes | Spa
     tar.add(bytes(end + -(tar.written + tar.filled + end) % tarfile.RECORDSIZE))
     tar.flush()
     return count
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + SUFFIX)
+
+
+def has_index(shard: Path) -> bool:
+    """Whether a shard has an index that is up to date."""
+    status = shard.stat()
+    try:
+        ShardIndex(index_path(shard).read_bytes(), status.st_size, int(status.st_mtime))
+    except (FileNotFoundError, IndexFault):
+        return False
+    return True
+
+
+def write_index(shard: Path) -> None:
+    """Write the index of a shard; see ``dr.index``.
+
+    Raises:
+        ShardError: the shard is damaged, or cannot have an index.
+    """
+    path = index_path(shard)
+    remove_leftovers(path)
+    path.unlink(missing_ok=True)  # of an earlier shard
+    try:
+        with open(str(shard), "rb", buffering=HEADER_BUFFER) as file:
+            content = make_index(file)
+    except (tarfile.TarError, IndexFault) as error:
+        raise ShardError(f"{shard}: {error}") from error
+    publish(path, lambda file: file.write(content))
