@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 from lib.config import DEFAULT_CONFIG, read_config
 from lib.datasets import DATASETS, add_dataset_option
 from lib.hub import Beginning, HubShard, LimitReached, open_beginning
@@ -109,9 +110,8 @@ def describe_npz(data: bytes) -> str:
     return describe_arrays(found)
 
 
-def describe_pth_gz(data: bytes) -> str:
-    """Names, types and shapes of the tensors."""
-    loaded = load_pth_gz(data)
+def describe_tensors(loaded: Any) -> str:
+    """Names, types and shapes of the tensors of a ``pth.gz`` or ``safetensors``."""
     if not isinstance(loaded, dict):
         return f"{type(loaded).__name__}, expected a dict of tensors"
     found = {}
@@ -143,7 +143,9 @@ def describe_member(extension: str, data: bytes) -> str:
         if extension == "npz":
             return describe_npz(data)
         if extension == "pth.gz":
-            return describe_pth_gz(data)
+            return describe_tensors(load_pth_gz(data))
+        if extension == "safetensors":
+            return describe_tensors(safetensors.torch.load(data))
         if extension.rpartition(".")[2] == "json":
             return describe_json(data)
         if extension.rpartition(".")[2] == "txt":

@@ -12,6 +12,7 @@ import reinforce
 import torch
 import webdataset as wds
 from lib.report import printable
+from lib.samples import ShardSamples
 from shards import (
     AUGMENTATION,
     read_samples,
@@ -29,7 +30,7 @@ from dr import sources
 from dr.sample import USED_MEMBERS, BadSample, ReinforcedProcessor
 from dr.sampling import RandomChoice
 from dr.sources import ShardReader, count_samples, stream
-from dr.tar import read_headers, read_sizes
+from dr.tar import PLAIN_MEMBERS, read_headers, read_sizes
 from dr.transforms import compose_from_config, split_for_device
 
 
@@ -328,12 +329,12 @@ class Kept:
         return list(made), (output / "join_report.json").read_text()
 
     def reinforced(self):
-        captions = {"photo": ["a"], **{other: ["a"] for other in self.uids.values()}}
+        captions = {uid: {"syn_text": ["a"]} for uid in ("photo", *self.uids.values())}
         compose = compose_from_config(
             {**AUGMENTATION, "normalize": {"enable": False, "mean": [0.5], "std": [0.5]}}
         )
-        shard = reinforce.AugmentedShard(self.shard, compose, 2, captions, 0)
-        samples = list(shard)
+        augment = reinforce.Augmenter(compose, [compose], 2, captions, 0)
+        samples = list(ShardSamples(self.shard, PLAIN_MEMBERS, augment))
         reasons = " ".join(sample["skipped"] for sample in samples if "skipped" in sample)
         return [sample["uid"] for sample in samples if "skipped" not in sample], reasons
 
