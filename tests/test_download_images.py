@@ -493,9 +493,9 @@ def test_finished_downloads_are_kept_until_the_shard_can_be_written(folders, ser
     for _ in range(2):  # img2dataset done, and then what a run finds that another has left
         done = folders.download()
         last = done.stderr.splitlines()[-1]
-        assert done.returncode == 1 and last.startswith(f"{obstacle}: ") and "make room" in last, (
-            done.stderr
-        )
+        assert (
+            done.returncode == 1 and last.startswith(f"error: {obstacle}: ") and "make room" in last
+        ), done.stderr
         assert "Traceback" not in done.stderr
     obstacle.rmdir()
     assert folders.download().returncode == 0

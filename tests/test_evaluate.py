@@ -279,7 +279,7 @@ def test_a_data_set_comes_from_the_hub_and_one_that_it_lacks_is_one_line(
         done = run([sys.executable, script, *command(checkpoints[0], **given)], env=environ)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert last.startswith("cars can't be downloaded from the Hub (djghosh/wds_cars_test): ")
+    assert last.startswith("error: cars can't be downloaded from the Hub (djghosh/wds_cars_test): ")
     assert "What is evaluated is kept" in last
     results = read_results(tmp_path / "output" / "results.jsonl")
     assert [key for _, key in results] == ["cifar10"]
