@@ -25,6 +25,7 @@ from dr import checkpoint, files, sources
 from dr.files import RemoteFile, StoreDown
 from dr.pipeline import make_pass_loader
 from dr.run import Run
+from dr.sources import ShardReader, StreamState, passes_by_window
 
 FEW = {"RETRY_SECONDS": (0.01,) * 5, "ATTEMPT_SECONDS": 5}
 
@@ -225,6 +226,17 @@ def test_a_request_without_an_answer_is_given_up(server, monkeypatch):
     server.latency = 3
     with pytest.raises(StoreDown, match="2 attempts"):
         file.fetch(0, 10)
+
+
+def test_requests_that_never_end_stop_the_run(server, monkeypatch):
+    urls = [f"s3://bucket/npz/{shard:08d}.tar" for shard in range(3)]
+    monkeypatch.setattr(sources, "MAX_SECONDS", 0.5)
+    state = StreamState(0, [21] * 3, previous=[], streams=1, stream=0, cursor=(0, 0))
+    items = passes_by_window(ShardReader(urls, "txt".__eq__), state)
+    assert next(items).sample["__key__"] == uid(0)
+    server.latency = 3
+    with pytest.raises(StoreDown, match=r"no answer from the store of s3://.* in 0.5 s"):
+        list(itertools.islice(items, 500))
 
 
 def test_any_store_of_fsspec_will_do(data, tmp_path):
