@@ -7,6 +7,7 @@ does not answer, ``StoreDown``. Credentials and other settings are found by fssp
 configuration and the environment.
 """
 
+import contextlib
 import io
 import os
 import random
@@ -69,7 +70,9 @@ class LocalFile(io.FileIO):
 
     def advise(self, spans: Iterable[tuple[int, int]]) -> None:
         """Have the file system fetch these bytes, which are read soon."""
-        if hasattr(os, "posix_fadvise"):
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with contextlib.suppress(OSError):  # advice only: some file systems take none
             for start, stop in spans:
                 os.posix_fadvise(self.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 

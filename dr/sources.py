@@ -9,6 +9,7 @@ does not support ``pipe:`` and ``http:`` URLs or compressed tars.
 
 import contextlib
 import logging
+import multiprocessing
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -552,7 +553,7 @@ def passes_by_window(reader: ShardReader, state: StreamState) -> Iterator[Item]:
             made, result = waiting.popleft()
             try:
                 data = result.get(MAX_SECONDS)
-            except TimeoutError:
+            except multiprocessing.TimeoutError:
                 url = reader.shards[made.places[0][0]]
                 raise StoreDown(f"no answer from the store of {url} in {MAX_SECONDS} s") from None
             if isinstance(data, StoreDown):

@@ -25,6 +25,7 @@ from dr import checkpoint, files, sources
 from dr.files import RemoteFile, StoreDown
 from dr.pipeline import make_pass_loader
 from dr.run import Run
+from dr.sources import ShardReader, StreamState, passes_by_window
 
 FEW = {"RETRY_SECONDS": (0.01,) * 5, "ATTEMPT_SECONDS": 5}
 
@@ -73,6 +74,7 @@ def from_store(tmp_path, kind="npz", **changes):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_batches_are_those_from_a_disk_whatever_fails_and_resume_in_either(
     data, server, tmp_path, caplog, kind
@@ -158,6 +160,7 @@ def test_a_bad_sample_is_counted_as_from_a_disk(server, tmp_path):
     assert (disk.read, disk.skipped) == (store.read, store.skipped)
 
 
+@pytest.mark.slow
 def test_an_outage_is_reported_before_the_samples_that_are_there_are_used_up(server, tmp_path):
     """So that the trainer can save a checkpoint; then the run stops with a line."""
     given = {"batch_size": 1, "train_num_samples": 500}
@@ -178,6 +181,7 @@ def test_an_outage_is_reported_before_the_samples_that_are_there_are_used_up(ser
     assert found[:reported] + rest == expected
 
 
+@pytest.mark.slow
 def test_the_trainer_saves_a_checkpoint_in_an_outage_and_stops_with_a_line(server, tmp_path):
     others = {"epochs": 1, "grad_checkpointing": False, "keep_last_k": 2, "name": "run"}
     others |= {"checkpoint_path": str(tmp_path), "save_logs": True, "torchcompile": True}
@@ -222,6 +226,17 @@ def test_a_request_without_an_answer_is_given_up(server, monkeypatch):
     server.latency = 3
     with pytest.raises(StoreDown, match="2 attempts"):
         file.fetch(0, 10)
+
+
+def test_requests_that_never_end_stop_the_run(server, monkeypatch):
+    urls = [f"s3://bucket/npz/{shard:08d}.tar" for shard in range(3)]
+    monkeypatch.setattr(sources, "MAX_SECONDS", 0.5)
+    state = StreamState(0, [21] * 3, previous=[], streams=1, stream=0, cursor=(0, 0))
+    items = passes_by_window(ShardReader(urls, "txt".__eq__), state)
+    assert next(items).sample["__key__"] == uid(0)
+    server.latency = 3
+    with pytest.raises(StoreDown, match=r"no answer from the store of s3://.* in 0.5 s"):
+        list(itertools.islice(items, 500))
 
 
 def test_any_store_of_fsspec_will_do(data, tmp_path):
