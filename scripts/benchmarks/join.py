@@ -125,6 +125,7 @@ def measure(commands: list[str], output: Path) -> tuple[float, float, float]:
 def print_embeddings(seed: int) -> None:
     """Print the size and the rounding error of the embeddings of some samples in bf16."""
     import numpy as np
+    import safetensors.torch
     import torch
 
     rng = np.random.default_rng(seed)
@@ -147,6 +148,7 @@ def print_embeddings(seed: int) -> None:
     sizes = ", ".join(f"{np.mean(s):,.0f} at level {level}" for level, s in packed_sizes.items())
     print(
         f"\n36 x 1536 embeddings, bytes a sample: npz {np.mean(npz_sizes):,.0f}; "
+        f"bf16 safetensors {len(safetensors.torch.save(rounded)):,}; "
         f"bf16 pth.gz {sizes} (0: no compression)"
     )
     absolute, relative = np.max(errors, axis=0)
