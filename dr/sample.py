@@ -1,11 +1,11 @@
 """One sample of a joined shard: decode it, choose from it, and augment its image.
 
-A sample holds A stored augmentations of its image, 1 original and S synthetic captions, and the
+A sample has A stored augmentations of its image, 1 original and S synthetic captions, and the
 teachers' embeddings of all of them. :func:`select` chooses one augmentation and the captions for
 this visit, and returns them with exactly their embeddings: a few KB in place of 222. The image
 stays compressed until :func:`decode_image`.
 
-Shards come from strangers: nothing is unpickled, and nothing inflates beyond a bound. Whatever is
+Shards are untrusted input: nothing is unpickled, and nothing inflates beyond a bound. Whatever is
 wrong with a sample is raised as ``BadSample``; the caller decides what happens then.
 """
 
@@ -191,7 +191,7 @@ def original_captions(sample: dict) -> list[str]:
 
 
 def has_originals(sample: dict) -> bool:
-    """Whether a sample holds original captions."""
+    """Whether a sample has original captions."""
     return "txt" in sample or b'"texts"' in sample.get("json", b"")
 
 

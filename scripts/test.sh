@@ -19,4 +19,5 @@ ruff check .
 ruff format --check .
 shellcheck -x scripts/*.sh configs/*.sh .ci/run
 mypy
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # each of several processes would take all cores
 exec "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"

@@ -1,4 +1,4 @@
-"""Open URLs that come from strangers: http and https only, bounded in bytes and in seconds.
+"""Open untrusted URLs: http and https only, bounded in bytes and in seconds.
 
 The module does not block requests to your own network: a URL may lead to a machine next to yours.
 The time to look up a host's name is the system's setting.
