@@ -109,7 +109,10 @@ def fetch_latest(remote: str, folder: str) -> None:
     try:
         filesystem, path = fsspec.core.url_to_fs(remote)
         filesystem.invalidate_cache()
-        names = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+        try:
+            names = filesystem.ls(path, detail=False)
+        except FileNotFoundError:  # exists() may return False also when nobody answers
+            names = []
         for name in sorted(filter(_progress, names), key=_progress, reverse=True):
             target = os.path.join(folder, os.path.basename(name))
             if os.path.exists(target):
