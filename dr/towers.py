@@ -17,13 +17,14 @@ def lock_text_tower(model: Any, unlocked_layers: int, freeze_layer_norm: bool) -
     """Freeze the text tower, OpenCLIP's own or a Hugging Face one.
 
     Args:
-        model: OpenCLIP's model. Its own method covers Hugging Face towers only.
+        model: OpenCLIP's model. At the pinned commit its own method covers Hugging Face towers
+            only; that of release 3.3 counts layers differently.
         unlocked_layers: this many of the last layers stay trainable, and what comes after them.
             0: the whole tower is frozen.
         freeze_layer_norm: also freeze the layer norms of frozen layers.
     """
     text = getattr(model, "text", model)
-    if hasattr(text, "lock"):
+    if not hasattr(text.transformer, "resblocks"):  # of Hugging Face
         model.lock_text_tower(unlocked_layers, freeze_layer_norm)
         return
     names = ("token_embedding", "positional_embedding", "cls_emb")

@@ -138,7 +138,9 @@ def on_three_ranks(tree, config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(SOME)))
-def test_every_sample_is_seen_once_in_a_complete_pass_and_never_twice_in_one(number, request):
+def test_every_sample_is_seen_once_in_a_complete_pass_and_never_twice_in_one(
+    number, request, tree
+):
     layout = SOME[number]
     folder = request.getfixturevalue("on_two_ranks" if layout.ranks == 2 else "on_three_ranks")
     once, twice, never, _, rest_twice = coverage(layout, folder / f"layout{number}")
