@@ -128,7 +128,7 @@ step() {
 # All GPUs that divide the batch evenly, or two processes on the CPU that share the cores.
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 while [ "$gpus" -gt 1 ] && [ $((BATCH % gpus)) -ne 0 ]; do gpus=$((gpus - 1)); done
-export NUM_GPUS=$gpus NUM_PROCESSES=2
+export NUM_GPUS=$gpus NUM_PROCESSES=${NUM_PROCESSES:-2}
 processes=$((gpus > 0 ? gpus : NUM_PROCESSES))
 cores=$(env -u OMP_NUM_THREADS nproc)
 export OMP_NUM_THREADS=$((cores / processes > 0 ? cores / processes : 1))

@@ -67,6 +67,15 @@ def tree(request):
     return request.getfixturevalue("pinned_tree" if request.param == "pinned" else "release_tree")
 
 
+EXTENDED = pytest.param("3.3", marks=pytest.mark.extended)
+
+
+@pytest.fixture(scope="session", params=["pinned", EXTENDED])
+def tree_extended(request):
+    """As ``tree``, but the tests on release 3.3 belong to the extended tier."""
+    return request.getfixturevalue("pinned_tree" if request.param == "pinned" else "release_tree")
+
+
 @pytest.fixture(scope="session")
 def unpatched_tree(tree, tmp_path_factory):
     dest = tmp_path_factory.mktemp("unpatched")

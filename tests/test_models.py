@@ -86,6 +86,7 @@ def test_two_steps_of_a_model(pinned_tree, data, tmp_path, model):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_two_processes_with_accumulation_and_checkpointing(pinned_tree, data, tmp_path):
     settings = {"NUM_PROCESSES": "2", "ACCUM_FREQ": "2", "GLOBAL_BATCH": "8"}
     _, losses = train(pinned_tree, tmp_path, data, "MobileCLIP-S1", **settings)

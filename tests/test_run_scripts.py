@@ -85,6 +85,12 @@ def arguments(line):
     return found
 
 
+@pytest.fixture(scope="module")
+def tree(pinned_tree):
+    """The scripts are the same on both versions of OpenCLIP, but for the name of the trainer."""
+    return pinned_tree
+
+
 @pytest.fixture
 def machine(tree, tmp_path):
     """The environment and folder in which a published recipe finds all that it needs."""
@@ -321,3 +327,10 @@ def test_help_says_what_it_does_and_needs_and_lists_all_settings(script):
     }
     assert len(re.findall(r"^  MODEL=", done.stdout, re.MULTILINE)) == 1
     assert listed == settings and {"NUM_NODES", "DATA", "LR", "IMAGENET_VAL"} < listed
+
+
+def test_the_trainer_is_that_of_the_tree(pinned_tree, release_tree):
+    for tree, trainer in ((pinned_tree, "training.main"), (release_tree, "open_clip_train.main")):
+        command = ["bash", tree / "configs" / "run_datacompdr12m.sh"]
+        done = run(command, env=environment(None, DRY_RUN="1"), cwd=tree)
+        assert done.returncode == 0 and f"{trainer} \\\n" in done.stdout, done.stderr

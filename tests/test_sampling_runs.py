@@ -70,6 +70,11 @@ def planted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tree(tree_extended):
+    return tree_extended
+
+
+@pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("config"))
 
@@ -138,9 +143,7 @@ def on_three_ranks(tree, config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(SOME)))
-def test_every_sample_is_seen_once_in_a_complete_pass_and_never_twice_in_one(
-    number, request, tree
-):
+def test_every_sample_is_seen_once_in_a_complete_pass_and_never_twice_in_one(number, request, tree):
     layout = SOME[number]
     folder = request.getfixturevalue("on_two_ranks" if layout.ranks == 2 else "on_three_ranks")
     once, twice, never, _, rest_twice = coverage(layout, folder / f"layout{number}")

@@ -369,12 +369,12 @@ def test_samples_are_grouped_as_openclip_groups_them(pinned_tree):
 
 @pytest.mark.parametrize("sampling", ["with-replacement", "without-replacement"])
 def test_a_run_takes_exactly_the_iterations_that_it_was_given(
-    tree, config, shards, tmp_path, sampling
+    tree_extended, config, shards, tmp_path, sampling
 ):
     """Whatever divides what; the learning rate's schedule ends with the last one."""
     given = {"ITERATIONS": 10, "CHECKPOINTS": 4, "WORKERS": 3, "NUM_PROCESSES": 1, "ACCUM_FREQ": 2}
-    environ = settings(tree, config, shards, tmp_path, SAMPLING=sampling, **given)
-    done = train(tree, environ)
+    environ = settings(tree_extended, config, shards, tmp_path, SAMPLING=sampling, **given)
+    done = train(tree_extended, environ)
     assert done.returncode == 0, done.stderr[-3000:]
     text = log(tmp_path)
     assert "The run takes 10 optimizer steps, in epochs of 3" in text
@@ -384,7 +384,7 @@ def test_a_run_takes_exactly_the_iterations_that_it_was_given(
     assert len(rates) == 10 and rates[1] == max(rates) and rates[-1] < 0.1 * rates[1]
 
 
-def test_released_weights_bring_their_preprocessing(tree, config, shards, tmp_path):
+def test_released_weights_bring_their_preprocessing(tree_extended, config, shards, tmp_path):
     """A model trained with mean 0, std 1 and bilinear resizing, as MobileCLIP-S1 was, has the same
     figures after its training and loaded as weights; also from a run script, from safetensors."""
     for number, name in enumerate(("n01440764", "n01443537")):
@@ -402,7 +402,7 @@ def test_released_weights_bring_their_preprocessing(tree, config, shards, tmp_pa
     def figures(name, *options):
         done = run(
             [sys.executable, ROOT / "tests" / "zero_shot.py", *model, "--name", name, *options],
-            env=environment(tree),
+            env=environment(tree_extended),
         )
         assert done.returncode == 0, done.stderr[-3000:]
         lines = (tmp_path / name / "checkpoints" / "results.jsonl").read_text().splitlines()
@@ -427,9 +427,9 @@ def test_released_weights_bring_their_preprocessing(tree, config, shards, tmp_pa
     assert other["clip_val_loss"] != trained["clip_val_loss"]
 
     environ = settings(
-        tree, config, shards, tmp_path, NAME="tuned", PRETRAINED=safe, ITERATIONS=2, LR=0
+        tree_extended, config, shards, tmp_path, NAME="tuned", PRETRAINED=safe, ITERATIONS=2, LR=0
     )
-    done = train(tree, environ, "--val-data", first, "--val-num-samples", "24")
+    done = train(tree_extended, environ, "--val-data", first, "--val-num-samples", "24")
     assert done.returncode == 0, done.stderr[-3000:]
     text = log(tmp_path, "tuned")
     assert "image_mean: [0.0, 0.0, 0.0]" in text and "image_interpolation: bilinear" in text
@@ -445,6 +445,7 @@ def find_losses(logs, name, epoch):
     return [float(re.search(r" Loss: ([\d.]+)", line)[1]) for line in lines]
 
 
+@pytest.mark.extended
 def test_release_3_3_trains_compiled_and_with_timm_optimizers(
     release_tree, config, shards, tmp_path
 ):

@@ -45,7 +45,8 @@ def save_teachers(folder):
 
 
 @pytest.mark.slow
-def test_the_page_is_walked_as_typed_on_200_pictures_with_small_models(tree, tmp_path):
+@pytest.mark.extended
+def test_the_page_is_walked_as_typed_on_200_pictures_with_small_models(pinned_tree, tmp_path):
     settings, steps, *_ = read_blocks("bash")
     config = json.loads(settings.split("<<'JSON'\n")[1].removesuffix("JSON\n"))
     config |= save_teachers(tmp_path)
@@ -75,7 +76,7 @@ def test_the_page_is_walked_as_typed_on_200_pictures_with_small_models(tree, tmp
 
     for name in ("scripts", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "open_clip").symlink_to(tree)
+    (tmp_path / "open_clip").symlink_to(pinned_tree)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     script = "set -euo pipefail\n" + "\n".join(lines)
     env = environment(PATH=path)
