@@ -77,10 +77,12 @@ def tree_extended(request):
 
 
 @pytest.fixture(scope="session")
-def unpatched_tree(tree, tmp_path_factory):
+def unpatched_tree(tree_extended, tmp_path_factory):
     dest = tmp_path_factory.mktemp("unpatched")
-    shutil.copytree(tree / "src", dest / "src", ignore=shutil.ignore_patterns("dr", "__pycache__"))
-    patch = "open_clip.patch" if trainer(tree) == "training" else "open_clip_v3.patch"
+    shutil.copytree(
+        tree_extended / "src", dest / "src", ignore=shutil.ignore_patterns("dr", "__pycache__")
+    )
+    patch = "open_clip.patch" if trainer(tree_extended) == "training" else "open_clip_v3.patch"
     subprocess.run(["git", "apply", "--reverse", ROOT / patch], check=True, cwd=dest)
     return dest
 

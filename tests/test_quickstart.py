@@ -12,6 +12,7 @@ from conftest import ROOT, run
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.extended
 def test_the_fast_quickstart_walks_the_whole_path_and_may_be_run_again(pinned_tree, tmp_path):
     environ = {
         **os.environ,

@@ -142,7 +142,13 @@ def on_three_ranks(tree, config, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", range(len(SOME)))
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=[pytest.mark.extended] if layout.ranks == 3 else [])
+        for number, layout in enumerate(SOME)
+    ],
+)
 def test_every_sample_is_seen_once_in_a_complete_pass_and_never_twice_in_one(number, request, tree):
     layout = SOME[number]
     folder = request.getfixturevalue("on_two_ranks" if layout.ranks == 2 else "on_three_ranks")
@@ -213,6 +219,7 @@ def test_a_run_that_an_earlier_version_started_goes_on_at_the_next_batch(on_two_
         assert losses == pytest.approx(whole[at][-1], rel=1e-5)
 
 
+@pytest.mark.extended
 def test_on_another_number_of_ranks_no_sample_of_a_pass_is_repeated_or_lost(
     tree, config, shards, tmp_path
 ):

@@ -102,12 +102,12 @@ def test_two_processes_train_with_reinforcements_and_validate_without(
             assert 0 <= found[f"{direction}_R@1"] <= found[f"{direction}_R@5"] <= 1
 
 
-def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, tmp_path):
-    environ = settings(tree, config, shards, tmp_path, CHECKPOINTS=40, ITERATIONS=160)
+def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree_extended, config, shards, tmp_path):
+    environ = settings(tree_extended, config, shards, tmp_path, CHECKPOINTS=40, ITERATIONS=160)
     process = subprocess.Popen(
-        ["bash", str(tree / "configs" / "run_datacompdr12m.sh")],
+        ["bash", str(tree_extended / "configs" / "run_datacompdr12m.sh")],
         env=environ,
-        cwd=tree,
+        cwd=tree_extended,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, t
     assert 1 <= reached < 40, "the run was to be killed midway"
 
     environ.update(CHECKPOINTS=str(reached + 1), ITERATIONS=str(4 * (reached + 1)))
-    done = train(tree, environ, "--resume", "latest")
+    done = train(tree_extended, environ, "--resume", "latest")
     assert done.returncode == 0, done.stderr[-3000:]
     text = log(tmp_path)
     assert f"resuming checkpoint '{latest}' (epoch {reached})" in text
@@ -147,6 +147,7 @@ def test_a_killed_run_goes_on_from_its_latest_checkpoint(tree, config, shards, t
     assert steps == {4 * (reached + 1)}
 
 
+@pytest.mark.extended
 def test_the_recipe_runs_on_webdataset_0_2_86_too(
     pinned_tree, config, shards, tmp_path, old_webdataset
 ):
@@ -158,7 +159,7 @@ def test_the_recipe_runs_on_webdataset_0_2_86_too(
     assert log(tmp_path).count("Distill_loss") == 4
 
 
-def test_zero_shot_evaluation_runs_on_one_of_several_processes(tree, shards, tmp_path):
+def test_zero_shot_evaluation_runs_on_one_of_several_processes(tree_extended, shards, tmp_path):
     for name in ("n01440764", "n01443537"):
         (tmp_path / "imagenet" / name).mkdir(parents=True)
         picture(0).save(tmp_path / "imagenet" / name / "0.jpg")
@@ -179,7 +180,7 @@ def test_zero_shot_evaluation_runs_on_one_of_several_processes(tree, shards, tmp
     arguments = [word for option in options.items() for word in option]
     done = run(
         [*torchrun, ROOT / "tests" / "zero_shot.py", *arguments, "--dataset-resampled"],
-        env=environment(tree),
+        env=environment(tree_extended),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (tmp_path / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()
@@ -196,6 +197,7 @@ def test_accumulating_micro_batches_equals_one_batch_of_their_sum(tree, config):
     assert difference["worst"] < 1e-4 and difference["logit_scale"] < 1e-4
 
 
+@pytest.mark.extended
 def test_a_checkpoint_with_numpy_scalars_resumes(pinned_tree, config, shards, tmp_path):
     """As the unpatched trainer leaves them: the learning rate is a NumPy number."""
     import numpy as np
@@ -245,7 +247,7 @@ def test_shards_without_images_stop_the_run(pinned_tree, config, tmp_path, scrip
 
 @pytest.mark.parametrize("resampled", ["resampled", "in passes"])
 def test_without_the_new_options_openclip_trains_as_before(
-    tree, unpatched_tree, old_webdataset, tmp_path, resampled
+    tree_extended, unpatched_tree, old_webdataset, tmp_path, resampled
 ):
     """The same batches, bit for bit, and the same losses: unpatched and patched on the last
     webdataset on which the unpatched trainer works, and patched on the newest."""
@@ -262,8 +264,8 @@ def test_without_the_new_options_openclip_trains_as_before(
     results = []
     for name, where, paths in (
         ("unpatched", unpatched_tree, [old_webdataset]),
-        ("patched", tree, [old_webdataset]),
-        ("newest", tree, []),
+        ("patched", tree_extended, [old_webdataset]),
+        ("newest", tree_extended, []),
     ):
         script = [
             sys.executable,
@@ -325,6 +327,7 @@ def test_an_unlocked_block_without_a_gradient_stops_the_run_and_is_named(
     assert f"error: {block}: unlocked, but without a gradient in the first step" in done.stderr
 
 
+@pytest.mark.extended
 def test_a_run_is_resumed_from_the_remote_copy(pinned_tree, config, shards, tmp_path):
     remote = f"file://{tmp_path / 'remote'}"
     options = ["--remote-sync", remote, "--remote-sync-protocol", "fsspec", "--resume", "latest"]
@@ -384,6 +387,7 @@ def test_a_run_takes_exactly_the_iterations_that_it_was_given(
     assert len(rates) == 10 and rates[1] == max(rates) and rates[-1] < 0.1 * rates[1]
 
 
+@pytest.mark.extended
 def test_released_weights_bring_their_preprocessing(tree_extended, config, shards, tmp_path):
     """A model trained with mean 0, std 1 and bilinear resizing, as MobileCLIP-S1 was, has the same
     figures after its training and loaded as weights; also from a run script, from safetensors."""
