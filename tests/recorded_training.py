@@ -34,7 +34,7 @@ main, train, checkpoint = (
 rank = int(os.environ.get("RANK", 0))
 
 
-def make_tokenizer(model):
+def make_tokenizer(model, **_):
     """ "caption t of s" -> [t, s, …, the end's token], the largest of the model's vocabulary."""
     end = open_clip.get_model_config(model)["text_cfg"]["vocab_size"] - 1
 
