@@ -13,7 +13,9 @@ case ${1:-} in -h | --help) sed -n '2,/^set -e/{/^#/s/^# \{0,1\}//p}' scripts/te
 
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source scripts/environment.sh
-use_environment quickstart,evaluate,export,test
+extras=quickstart,export,test
+case " $* " in *" extended "*) extras+=,evaluate ;; esac # 280 MB, and a second for each process
+use_environment "$extras"
 
 ruff check .
 ruff format --check .

@@ -27,6 +27,7 @@ def table(name, *arguments):
     ]
 
 
+@pytest.mark.extended
 def test_this_loader_and_the_plain_way_side_by_side_in_both_formats():
     rows = table("loader", "--samples", "4", "--batches", "1", "--shuffle", "64", "--profile")
     variants = [row[:2] for row in rows if len(row) > 2]
