@@ -77,7 +77,26 @@ class LocalFile(io.FileIO):
                 os.posix_fadvise(self.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
-class RemoteFile(io.RawIOBase):
+class Positioned(io.RawIOBase):
+    """A file of known size that is read in order from a position; ``readinto`` is its subclass's.
+
+    Attributes:
+        size: bytes of the file.
+        at: the position.
+    """
+
+    size: int
+    at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(0, position + (0, self.at, self.size)[whence])
+        return self.at
+
+
+class RemoteFile(Positioned):
     """An open file of a store.
 
     Attributes:
@@ -92,8 +111,8 @@ class RemoteFile(io.RawIOBase):
 
         self.url = url
         self.fs, self.path = fsspec.core.url_to_fs(url)
-        self.size: int = self._repeat(lambda: self._call("info", self.path)["size"])
-        self.at, self.block, self.block_start = 0, b"", 0
+        self.size = self._repeat(lambda: self._call("info", self.path)["size"])
+        self.block, self.block_start = b"", 0
 
     def fetch(self, start: int, stop: int) -> bytes:
         """The bytes of a range; fewer at the end of the file."""
@@ -115,13 +134,6 @@ class RemoteFile(io.RawIOBase):
     def as_stream(self) -> BinaryIO:
         """For readers that read in order."""
         return cast(BinaryIO, self)
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        self.at = max(0, position + (0, self.at, self.size)[whence])
-        return self.at
 
     def readinto(self, buffer: Any) -> int:
         if not self.block_start <= self.at < self.block_start + len(self.block):

@@ -23,7 +23,6 @@ The module imports neither torch nor NumPy.
 """
 
 import ast
-import io
 import json
 import os
 import struct
@@ -33,6 +32,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
+from .files import Positioned
 from .tar import (
     BLOCK,
     KNOWN_MEMBERS,
@@ -168,18 +168,11 @@ def _safetensors_arrays(data: bytes) -> dict[str, Array]:
     return arrays
 
 
-class _Section(io.RawIOBase):
+class _Section(Positioned):
     """A member of a tar, as a file."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int):
-        self.file, self.offset, self.size, self.at = file, offset, size, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        self.at = max(0, position + (0, self.at, self.size)[whence])
-        return self.at
+        self.file, self.offset, self.size = file, offset, size
 
     def readinto(self, buffer: Any) -> int:
         self.file.seek(self.offset + self.at)

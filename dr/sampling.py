@@ -135,19 +135,6 @@ def iterate_windows(
         pass_, taken = pass_ + 1, 0
 
 
-def iterate_positions(
-    seed: int,
-    total: int,
-    previous: Sequence[Sequence[Cursor]],
-    streams: int,
-    stream: int,
-    cursor: Cursor,
-) -> Iterator[tuple[int, int, Cursor]]:
-    """As :func:`iterate_windows`, position by position."""
-    windows = iterate_windows(seed, total, previous, streams, stream, cursor)
-    return itertools.chain.from_iterable(windows)
-
-
 class ShardOrder:
     """The order of the shards in one pass."""
 

@@ -56,12 +56,11 @@ from lib.evaluation import (
     flatten,
     format_results,
     format_score,
-    hash_file,
     read_results,
     select_results,
 )
 from lib.models import LoadedModel, ModelError, find_run, load_model
-from lib.publish import publish
+from lib.publish import hash_file, publish
 from lib.report import describe_error, printable, run_command
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info

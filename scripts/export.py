@@ -45,10 +45,9 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from lib import ROOT
-from lib.evaluation import hash_file
 from lib.model_card import SNIPPET, make_card, shorten_path
 from lib.models import LoadedModel, ModelError, find_run, load_model, load_weights, read_params
-from lib.publish import publish, publish_json
+from lib.publish import hash_file, publish, publish_json
 from lib.report import describe_error, printable, run_command
 from lib.shards import expand_braces
 from PIL import Image

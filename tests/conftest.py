@@ -64,19 +64,19 @@ def release_tree(tmp_path_factory):
     return make_tree("3.3", tmp_path_factory.mktemp("release"))
 
 
-@pytest.fixture(scope="session", params=["pinned", "3.3"])
+@pytest.fixture(scope="session", params=["pinned_tree", "release_tree"], ids=["pinned", "3.3"])
 def tree(request):
     """A patched tree. Each test that uses it runs on both versions of OpenCLIP."""
-    return request.getfixturevalue("pinned_tree" if request.param == "pinned" else "release_tree")
+    return request.getfixturevalue(request.param)
 
 
-EXTENDED = pytest.param("3.3", marks=pytest.mark.extended)
+EXTENDED = pytest.param("release_tree", marks=pytest.mark.extended)
 
 
-@pytest.fixture(scope="session", params=["pinned", EXTENDED])
+@pytest.fixture(scope="session", params=["pinned_tree", EXTENDED], ids=["pinned", "3.3"])
 def tree_extended(request):
     """As ``tree``, but the tests on release 3.3 belong to the extended tier."""
-    return request.getfixturevalue("pinned_tree" if request.param == "pinned" else "release_tree")
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

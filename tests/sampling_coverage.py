@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import environment, run  # noqa: E402
 from shards import AUGMENTATION, reinforced_sample, uid, write_shard  # noqa: E402
 
-from dr.sampling import ScheduledChoice, ShardOrder, iterate_positions  # noqa: E402
+from dr.sampling import ScheduledChoice, ShardOrder, iterate_windows  # noqa: E402
 
 SEED = 3
 AUGMENTATIONS = 4  # and so many passes can be told apart
@@ -154,6 +154,11 @@ def seen(batches):
                 pass_of[sample] = {turn: pass_ for pass_, turn in enumerate(turns)}
             count[pass_of[sample][augmentation], sample] += 1
     return count
+
+
+def iterate_positions(*stream):
+    """What ``iterate_windows`` yields, position by position."""
+    return itertools.chain.from_iterable(iterate_windows(*stream))
 
 
 def taken(sampling):

@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, environment, run
 from hub_server import hub_server
-from lib.evaluation import append_result, find_results, hash_file
+from lib.evaluation import append_result, find_results
 from lib.models import ModelError, load_model
+from lib.publish import hash_file
 from PIL import Image
 from safetensors.torch import load_file
 from shards import encode, picture, write_shard

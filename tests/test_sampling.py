@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import pytest
+from sampling_coverage import iterate_positions
 from shards import AUGMENTATION, reinforced_sample
 
 from dr import sampling
@@ -14,7 +15,6 @@ from dr.sampling import (
     ScheduledChoice,
     ShardOrder,
     count_positions,
-    iterate_positions,
     layouts_to_keep,
     pieces_of_stream,
     slice_pieces,

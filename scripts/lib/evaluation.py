@@ -5,7 +5,6 @@ The data sets and their main metrics are those of DataComp's evaluation
 metrics. DataComp also evaluates FairFace and UTKFace, which have no main metric.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -139,15 +138,6 @@ PUBLISHED = (
 
 
 # --- results --------------------------------------------------------------------------------------
-def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file, which may be larger than the memory."""
-    digest = hashlib.sha256()
-    with open(str(path), "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def find_results(checkpoint: str | Path) -> Path:
     """Where the results of a checkpoint are: in ``evaluation/`` in the folder of its run."""
     return find_run(checkpoint) / "evaluation" / RESULTS

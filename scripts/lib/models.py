@@ -17,7 +17,7 @@ from dr import checkpoint
 from dr.weights import find_preprocessing, register_model
 
 from .config import HUB
-from .report import printable
+from .report import describe_error, printable
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
@@ -88,9 +88,7 @@ def load_model(name: str, pretrained: str, device: torch.device) -> LoadedModel:
     except ModelError:
         raise
     except Exception as error:  # of any kind: OpenCLIP's, the Hub's, or torch's
-        line = printable(str(error).strip().partition("\n")[0], 600)
-        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise ModelError(f"{part}{kind}{line}") from error
+        raise ModelError(f"{part}{printable(describe_error(error), 600)}") from error
 
 
 def load_model_or_exit(role: str, name: str, pretrained: str, device: torch.device) -> LoadedModel:

@@ -45,7 +45,7 @@ def publish_json(path: Path, content: object) -> None:
     publish(path, lambda file: file.write(data))
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: str | Path) -> str:
     """The sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -15,7 +15,7 @@ def printable(text: object, limit: int = 160) -> str:
 
 def describe_error(error: BaseException) -> str:
     """An error in one line, with its type unless it is one that explains itself."""
-    line = str(error).partition("\n")[0]
+    line = str(error).strip().partition("\n")[0]
     return line if isinstance(error, ShardError | OSError) else f"{type(error).__name__}: {line}"
 
 
