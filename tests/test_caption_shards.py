@@ -461,6 +461,21 @@ def test_interrupted_run_says_what_to_do(folders, sign):
     assert folders.run()["samples"] == 4000 and leftovers(folders.output) == []
 
 
+def test_an_interrupted_construction_prints_no_traceback():
+    code = """
+from lib.report import run_command
+class Bar:
+    def __init__(self):
+        raise KeyboardInterrupt
+    def __del__(self):
+        self.position
+run_command(Bar)
+"""
+    folder = Path(caption_shards.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == "interrupted; run it again to go on\n"
+
+
 def test_one_run_at_a_time_in_a_folder_for_temporary_files(folders, tmp_path):
     folders.write_three()
     (tmp_path / "temp" / "work").mkdir(parents=True)

@@ -1,5 +1,6 @@
 """What commands print: tables, text that is safe for a terminal, and errors in one line."""
 
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
 
@@ -50,6 +51,8 @@ def run_command(
     try:
         main()
     except KeyboardInterrupt:
+        # An object whose construction was interrupted may print a traceback as it is deleted.
+        sys.unraisablehook = lambda _: None
         raise SystemExit(f"interrupted; {interrupted}") from None
     except BrokenProcessPool:
         raise SystemExit(
