@@ -6,7 +6,7 @@
 The script reads image-caption shards, as `scripts/make_shards.py` and `scripts/join_shards.py
 --require image,caption` make them. For each it writes one reinforcement shard of the same name,
 with the members of DataCompDR: `<uid>.url.txt` (if the sample has it), `.syn.json`, `.paug.json`,
-`.npz` (or `.pth.gz`, in bfloat16), and `.json` with the image's sha256.
+`.npz` (or, in bfloat16, `.safetensors` or `.pth.gz`), and `.json` with the image's sha256.
 
 The config names the teachers (`model_name` and `pretrained`, separated by commas: OpenCLIP model
 names or model config files; OpenCLIP tags or checkpoint files, which are empty for a model name
@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors.torch
 import torch
 from lib.captions import KEY, Captions, SyntheticCaptions
 from lib.config import ReinforcementConfig, read_config
@@ -148,7 +149,7 @@ class Augmenter:
 
 
 def encode_members(
-    sample: Sample, image_emb: torch.Tensor, text_emb: torch.Tensor, as_bf16: bool
+    sample: Sample, image_emb: torch.Tensor, text_emb: torch.Tensor, extension: str
 ) -> dict[str, bytes]:
     """The members of a sample of a reinforcement shard, by extension.
 
@@ -156,7 +157,8 @@ def encode_members(
         sample: as :class:`Augmenter` makes it.
         image_emb: ``[A, ΣD_k]``.
         text_emb: ``[1 + S, ΣD_k]``.
-        as_bf16: whether to store bfloat16.
+        extension: of the embeddings' member, ``npz`` (float32), ``safetensors`` or ``pth.gz``
+            (both bfloat16).
     """
     lists: dict[str, list[str]] = sample["synthetic"]
     embeddings = {"image_emb": image_emb, "text_emb": text_emb}
@@ -169,12 +171,16 @@ def encode_members(
         members["url.txt"] = sample["url"]
     members["syn.json"] = json.dumps(lists).encode()
     members["paug.json"] = json.dumps({"param_aug": sample["params"]}).encode()
-    if as_bf16:
-        torch.save({name: rows.to(torch.bfloat16) for name, rows in embeddings.items()}, stream)
-        members["pth.gz"] = gzip.compress(stream.getvalue(), mtime=0)
-    else:
+    if extension == "npz":
         np.savez(stream, **{name: rows.numpy() for name, rows in embeddings.items()})  # type: ignore[arg-type]
-        members["npz"] = stream.getvalue()
+        members[extension] = stream.getvalue()
+    else:
+        rounded = {name: rows.bfloat16().contiguous() for name, rows in embeddings.items()}
+        if extension == "safetensors":
+            members[extension] = safetensors.torch.save(rounded)
+        else:
+            torch.save(rounded, stream)
+            members[extension] = gzip.compress(stream.getvalue(), mtime=0)
     members["json"] = json.dumps({"uid": sample["uid"], "sha256": sample["sha256"]}).encode()
     return members
 
@@ -198,7 +204,7 @@ def embed_samples(
     teachers: Sequence[Teacher],
     views: Sequence[int],
     batch_size: int,
-    as_bf16: bool,
+    extension: str,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield ``(uid, members)`` of the samples of a reinforcement shard.
 
@@ -207,7 +213,7 @@ def embed_samples(
         teachers: K of them.
         views: which of a sample's ``images`` each teacher takes.
         batch_size: augmented images to embed at a time.
-        as_bf16: whether to store bfloat16.
+        extension: of the embeddings' members, as for :func:`encode_members`.
     """
     for number, batch in enumerate(make_batches(samples, batch_size)):
         captions = [
@@ -229,7 +235,7 @@ def embed_samples(
             [1 + sum(map(len, sample["synthetic"].values())) for sample in batch]
         )
         for sample, image_rows, text_rows in zip(batch, image_parts, text_parts, strict=True):
-            yield sample["uid"], encode_members(sample, image_rows, text_rows, as_bf16)
+            yield sample["uid"], encode_members(sample, image_rows, text_rows, extension)
 
 
 def reinforce_shard(
@@ -261,7 +267,7 @@ def reinforce_shard(
     loader = DataLoader(dataset, batch_size=None, num_workers=args.workers)
     lost, uids = Counter[str](), set[str]()
     usable = skip_bad_samples(loader, shard, lost, uids, bar)
-    samples = embed_samples(usable, teachers, views, args.batch_size, args.format == "pth.gz")
+    samples = embed_samples(usable, teachers, views, args.batch_size, args.format)
     output = args.output / os.path.basename(shard)
 
     def write(file: BinaryIO) -> int:
@@ -312,8 +318,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--config", required=True, type=Path, help="reinforcement config, as in configs/")
     text = "lines of JSON with uid and syn_text: a file, or a folder with one for each shard"
     add("--synthetic-captions", required=True, type=Path, help=text)
-    text = "store float32 (npz) or bfloat16 (pth.gz); default %(default)s"
-    add("--format", choices=["npz", "pth.gz"], default="npz", help=text)
+    text = "store float32 (npz) or bfloat16 (safetensors or pth.gz); default %(default)s"
+    add("--format", choices=["npz", "safetensors", "pth.gz"], default="npz", help=text)
     text = "precision of the teachers: bf16 is autocast, pure_bf16 also takes half the memory for "
     text += "weights; default %(default)s"
     add("--precision", choices=["fp32", "bf16", "pure_bf16"], default="fp32", help=text)
