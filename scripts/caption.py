@@ -12,7 +12,7 @@ a --key that starts with `syn_text`: the line of a sample gets a list for each.
 The model is an OpenCLIP model name, a model config file, or `hf-hub:ORGANISATION/REPOSITORY`; its
 weights are an OpenCLIP tag or a checkpoint file (none for `hf-hub:…`). Captions are sampled
 (--top-p, --temperature), or are the best of a beam search (--beams). Blank captions and
-repeats are sampled again, up to five times, so a sample may have fewer captions in the end.
+repeats are sampled again, up to four times, so a sample may have fewer captions in the end.
 Captions depend on --seed and the uid, and are the same in each run on one kind of machine. (Another
 --batch-size or another device rounds differently, which may change a word.)
 
@@ -182,19 +182,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", required=True, help="OpenCLIP model name, model config file, or hf-hub:NAME")
     text = "OpenCLIP tag or checkpoint file; none for hf-hub:NAME"
     add("--pretrained", default="", help=text)
-    text = "under which the captions are stored, if not %(default)s"
+    text = "key of the stored captions; default %(default)s"
     add("--key", default=KEY, help=text)
     text = "captions of each image; default %(default)s"
     add("--captions", type=int, default=default.captions, help=text)
-    text = "probability of the tokens to draw from; default %(default)s"
+    text = "total probability of the tokens to sample from; default %(default)s"
     add("--top-p", type=float, default=default.top_p, help=text)
-    text = "divides the logits; default %(default)s"
+    text = "sampling temperature; default %(default)s"
     add("--temperature", type=float, default=default.temperature, help=text)
     text = "search with this number of beams instead of sampling"
     add("--beams", type=int, default=default.beams, help=text)
-    text = "tokens of a caption; default %(default)s"
+    text = "maximum number of tokens of a caption; default %(default)s"
     add("--max-tokens", type=int, default=default.max_tokens, help=text)
-    add("--seed", type=int, default=default.seed, help="of the sampling; default %(default)s")
+    add("--seed", type=int, default=default.seed, help="random seed; default %(default)s")
     text = "precision of the model; bf16 is autocast; default %(default)s"
     add("--precision", choices=["fp32", "bf16"], default="fp32", help=text)
     add("--batch-size", type=int, default=64, help="images at a time; default %(default)s")

@@ -20,7 +20,7 @@ The script writes to evaluation/ in the folder of the run:
     accuracy.png    accuracy against parameters, next to published models; of several checkpoints
                     also the learning curve
 
-Run again, it skips what is in results.jsonl. Images are decoded as clip-benchmark decodes them.
+A second run skips the results in results.jsonl. Images are decoded as clip-benchmark decodes them.
 Nothing in a data set is unpickled.
 """
 

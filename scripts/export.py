@@ -12,16 +12,17 @@ The script writes to the output folder
     export.json                                           measurements, settings and versions
 
 `open_clip.create_model_and_transforms("local-dir:DIR")` of open_clip_torch 3.0 and newer loads the
-folder. The ONNX and Core ML encoders take any number of images, which are preprocessed as
-open_clip_config.json specifies, or of tokenized captions; Core ML takes one. They return embeddings
-of unit length. FastViT models are reparameterized for inference there; the safetensors keep the
+folder. The ONNX and Core ML encoders take a batch of images, preprocessed as open_clip_config.json
+specifies, or of tokenized captions; Core ML takes a single one. They return embeddings of unit
+length. FastViT models are reparameterized for inference there; the safetensors keep the
 trainable blocks, so OpenCLIP can load them and continue training.
 
 Each format is loaded again and compared with the checkpoint's model on images and captions: those
 of --data, otherwise those of the run's validation or training data if they are on this machine,
-otherwise those in docs/. If a difference is above the tolerance, the script fails, and the folder
-is not written. Core ML runs on macOS only, so elsewhere it is not compared. Without coremltools,
---coreml is skipped with a message, and the other formats are written.
+otherwise tiles of docs/sample.png and built-in captions. If a difference is above the tolerance,
+the script fails, and the folder is not written. Core ML runs on macOS only, so elsewhere it is not
+compared. Without coremltools, --coreml is skipped with a message, and the other formats are
+written.
 
 --push REPO uploads the folder to the Hub, after a list of what is uploaded. It uses the token of
 `hf auth login` or of HF_TOKEN.
@@ -549,7 +550,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--coreml", action="store_true", help=text)
     text = "store the weights of ONNX and Core ML in half precision"
     add("--fp16", action="store_true", help=text)
-    text = "image-caption shard on which the formats are compared; default: see above"
+    text = "image-caption shard on which the formats are compared; default: data of the run"
     add("--data", metavar="SHARD", help=text)
     add("--push", metavar="REPO", help="upload the folder to this model repository of the Hub")
     add("--private", action="store_true", help="make a new repository private")
@@ -572,8 +573,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ExportError(f"--onnx needs {', '.join(missing)}: pip install -e '.[export]'")
     if args.coreml and find_missing(["coremltools"]):
         print(
-            "Core ML was skipped: coremltools is not installed. Run `pip install coremltools`, "
-            f"remove {args.output}, and run the command again"
+            "Core ML was skipped: coremltools is not installed. Run `pip install coremltools "
+            f"'numpy<2.4'`, remove {args.output}, and run the command again"
         )
         args.coreml = False
     record = export(args)

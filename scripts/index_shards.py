@@ -2,12 +2,12 @@
 
     python scripts/index_shards.py datasets/DataCompDR-12M/shards --workers 8
 
-The join writes the indices of its shards itself. This script is for shards that were made in
-another way, or were copied without their time of change. It reads the headers of a shard, and those
-of its embeddings, but no other content. `<shard>.index` is JSON, of about 90 bytes for each sample;
+The join writes the indices of its shards itself. This script is for shards from other tools,
+or copied without their modification time. It reads the headers of a shard, and those of its
+embeddings, but no other content. `<shard>.index` is JSON, of about 90 bytes for each sample;
 dr/index.py describes it. Indices that are up to date stay as they are.
 
-A shard that is damaged, or has something else than plain files with names of up to 100 bytes, gets
+A shard that is damaged, or contains anything but regular files with names of up to 100 bytes, gets
 no index. Training reads such a shard without one. The script reports it, and the exit status is 1.
 """
 

@@ -1,23 +1,23 @@
-"""Make image-caption shards from pictures and captions in a folder, or from a table.
+"""Make image-caption shards from a folder of images and captions, or from a table.
 
-    python scripts/make_shards.py --input pictures --output datasets/mine/pairs
-    python scripts/make_shards.py --input pictures.csv --image-column file --output …
+    python scripts/make_shards.py --input images --output datasets/mine/pairs
+    python scripts/make_shards.py --input images.csv --image-column file --output …
 
---input is a folder of pictures (jpg, jpeg, png or webp, also in folders below it), each with its
+--input is a folder of images (jpg, jpeg, png or webp, also in folders below it), each with its
 caption in a text file of the same name (`dog.jpg` and `dog.txt`); or a table (csv, tsv or parquet)
-with a row for each picture. The table's --image-column has paths, relative to the table's folder or
-to --images; in a parquet file it may also have the bytes of the pictures, or objects with `bytes`,
+with a row for each image. The table's --image-column has paths, relative to the table's folder or
+to --images; in a parquet file it may also have the bytes of the images, or objects with `bytes`,
 as Hugging Face's `datasets` writes them. Parquet files need DuckDB (pip install 'duckdb>=2').
 
 A shard has --samples samples, in the order of the paths or of the rows: `<uid>.jpg` (or png, webp),
-`<uid>.txt`, and `<uid>.json` with uid, sha256 of the picture, and source. The uid is that of the
+`<uid>.txt`, and `<uid>.json` with uid, sha256 of the image, and source. The uid is that of the
 --uid-column, or 32 digits of a hash of the path below --input, or of the row's number.
 
-Each picture is decoded. With --max-side, larger pictures are scaled down and stored as JPEG; all
-others are stored as they are. The script skips these, and lists them in `bad_pictures.jsonl`:
-pictures that are unreadable, of another format, or of over 67 megapixels or 256 MB; missing, blank
+Each image is decoded. With --max-side, larger images are scaled down and stored as JPEG; all
+others are stored as they are. The script skips these, and lists them in `bad_images.jsonl`:
+images that are unreadable, of another format, or of over 67 megapixels or 256 MB; missing, blank
 and unreadable captions, and those of over 1 MB; uids that cannot be file names, or come twice in a
-shard. A shard of which nothing is left is not written, and the exit status is 1.
+shard. A shard without usable samples is not written, and the exit status is 1.
 
 A shard gets its name when it is complete, so the command can be run again: finished shards are
 skipped. Several machines can share the shards by --task-index and --task-count. The same input
@@ -56,7 +56,7 @@ try:
 except ImportError:
     duckdb = None  # type: ignore[assignment]
 
-SETTINGS, BAD_PICTURES = "make_shards.json", "bad_pictures.jsonl"
+SETTINGS, BAD_IMAGES = "make_shards.json", "bad_images.jsonl"
 MAX_TEXT = 1 << 20  # bytes of a caption
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 JPEG_QUALITY = 95
@@ -64,7 +64,7 @@ TABLES = {".csv": ",", ".tsv": "\t", ".parquet": ""}  # and what separates their
 
 
 class Row(NamedTuple):
-    """A picture and its caption.
+    """An image and its caption.
 
     Attributes:
         source: for messages, and for the uid if there is none.
@@ -193,17 +193,17 @@ def read_caption(caption: Path | str | None) -> str:
 
 
 def read_image(image: Path | bytes | None, max_side: int) -> tuple[str, bytes]:
-    """Extension and bytes of a picture, scaled down to ``max_side`` pixels unless that is 0.
+    """Extension and bytes of an image, scaled down to ``max_side`` pixels unless that is 0.
 
     Raises:
         BadSample: it is missing, of another format, or cannot be decoded.
     """
     if image is None:
-        raise BadSample("no picture", "the field is empty")
+        raise BadSample("no image", "the field is empty")
     if isinstance(image, Path):
         if image.suffix.lower().removeprefix(".") not in IMAGE_MEMBERS:
             raise BadSample("another format", f"expected {', '.join(IMAGE_MEMBERS)}")
-        image = read_bounded(image, MAX_MEMBER, "picture")
+        image = read_bounded(image, MAX_MEMBER, "image")
     img = decode_image({"jpg": image})  # whatever its format is
     if max_side and max(img.size) > max_side:
         img.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
@@ -230,7 +230,7 @@ def make_sample(row: Row, max_side: int) -> tuple[str, dict[str, bytes]]:
 
 
 def record_path(output: Path, name: str) -> Path:
-    """The file of a shard's bad pictures."""
+    """The file of a shard's bad images."""
     return output / ".made" / f"{name}.json"
 
 
@@ -263,7 +263,7 @@ def make_shard(part: Part, args: argparse.Namespace) -> dict[str, Any]:
         written = write_tar(file, make_samples())
         publish_json(record_path(args.output, part.name), bad)
         if not written:
-            raise ShardError(f"none of its {len(part.rows)} pictures can be used")
+            raise ShardError(f"none of its {len(part.rows)} images can be used")
         return written
 
     remove_leftovers(path)
@@ -284,7 +284,7 @@ def split_input(args: argparse.Namespace) -> tuple[list[Part], Any]:
         listed, stamp = list_folder(args.input)
     elif not args.input.is_file() or suffix not in TABLES:
         raise SystemExit(
-            f"error: --input {args.input}: expected a folder of pictures, or a table "
+            f"error: --input {args.input}: expected a folder of images, or a table "
             f"({', '.join(TABLES)})"
         )
     else:
@@ -296,7 +296,7 @@ def split_input(args: argparse.Namespace) -> tuple[list[Part], Any]:
             listed = list_text_table(args.input, args)
     starts = range(0, len(listed), args.samples)
     if not starts:
-        raise SystemExit(f"error: --input {args.input} has no pictures")
+        raise SystemExit(f"error: --input {args.input} has no images")
     parts = [Part(n, listed[start : start + args.samples]) for n, start in enumerate(starts)]
     return parts, stamp
 
@@ -317,12 +317,12 @@ def check_settings(args: argparse.Namespace, stamp: Any) -> None:
     publish_json(path, settings)
 
 
-def list_bad_pictures(output: Path, parts: Sequence[Part]) -> Counter[str]:
-    """Write the list of bad pictures of all shards so far; returns their number by reason."""
+def list_bad_images(output: Path, parts: Sequence[Part]) -> Counter[str]:
+    """Write the list of bad images of all shards so far; returns their number by reason."""
     paths = [record_path(output, part.name) for part in parts]
     bad = [entry for path in paths if path.exists() for entry in json.loads(path.read_text())]
     lines = "".join(json.dumps(entry) + "\n" for entry in bad).encode()
-    publish(output / BAD_PICTURES, lambda file: file.write(lines))
+    publish(output / BAD_IMAGES, lambda file: file.write(lines))
     return Counter(entry["reason"] for entry in bad)
 
 
@@ -331,16 +331,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", required=True, type=Path, help="folder of pictures, or a table")
+    add("--input", required=True, type=Path, help="folder of images, or a table")
     add("--output", required=True, type=Path, help="folder for the shards")
     text = "folder that the table's paths are relative to; default: the table's"
     add("--images", type=Path, help=text)
     text = "column of paths or bytes; default %(default)s"
     add("--image-column", default="image", help=text)
-    add("--caption-column", default="caption", help="column of texts; default %(default)s")
+    add("--caption-column", default="caption", help="column of captions; default %(default)s")
     add("--uid-column", help="column of uids; default: none")
     add("--samples", type=int, default=10000, help="samples of a shard; default %(default)s")
-    text = "pixels to which the longer side of larger pictures is scaled down; default: as they are"
+    text = "pixels to which the longer side of larger images is scaled down; default: as they are"
     add("--max-side", type=int, default=0, help=text)
     cores, text = min(8, os.cpu_count() or 1), "processes; default: one for each core, up to 8"
     add("--workers", type=int, default=cores, help=text)
@@ -359,19 +359,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_settings(args, stamp)
     own = select_share(parts, args.task_index, args.task_count)
     written, failed = 0, dict[str, str]()
-    with tqdm(total=sum(len(part.rows) for part in own), unit=" pictures") as bar:
+    with tqdm(total=sum(len(part.rows) for part in own), unit=" images") as bar:
         for result in run_all(functools.partial(make_shard, args=args), own, args.workers):
             written += result["written"]
             if result["failed"]:
                 failed[result["shard"]] = result["failed"]
                 bar.write(f"{result['shard']}: failed: {result['failed']}", file=sys.stderr)
             bar.update(result["rows"])
-    bad = list_bad_pictures(args.output, parts)
+    bad = list_bad_images(args.output, parts)
     total = sum(len(part.rows) for part in parts)
-    rows = [("pictures", total), ("samples written now", written)]
+    rows = [("images", total), ("samples written now", written)]
     print(format_table([*rows, *((f"skipped: {reason}", bad[reason]) for reason in sorted(bad))]))
     if bad:
-        print(f"the skipped pictures are listed in {args.output / BAD_PICTURES}")
+        print(f"the skipped images are listed in {args.output / BAD_IMAGES}")
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(own)} shards were not written")
 

@@ -11,9 +11,9 @@ with the members of DataCompDR: `<uid>.url.txt` (if the sample has it), `.syn.js
 The config names the teachers (`model_name` and `pretrained`, separated by commas: OpenCLIP model
 names or model config files; OpenCLIP tags or checkpoint files, which are empty for a model name
 `hf-hub:…`), the number of augmentations (`num_samples`), and the augmentation. Each augmentation is
-sampled once. A teacher whose input size or interpolation is another than the config's gets it
-applied again at its own, with its own normalisation, as students do in training. Teachers run in
-float32 unless --precision says otherwise. `reinforce.json` in the output folder records the
+sampled once. If teachers differ in input size or interpolation, it is applied again at each one's
+own, as for students in training. Each teacher has its own normalisation. Teachers run in float32
+unless --precision says otherwise. `reinforce.json` in the output folder records the
 settings, and of each teacher its preprocessing, width, and learned logit scale and bias.
 
 Synthetic captions are lines of JSON: `{"uid": …, "syn_text": [str, …]}`, in one file, which is kept
@@ -21,8 +21,8 @@ in memory, or in a folder with a file `<shard>.jsonl` for each shard, as `script
 them. Several captioners have several keys, which start with `syn_text`. Captions under the only key
 `syn_text` are stored as in DataCompDR, all others as in DFNDR.
 
-These samples are skipped and counted by reason: samples that lack an image, a caption or synthetic
-captions, or whose image, json or uid cannot be used. Blank synthetic captions are not stored. A
+Samples are skipped and counted by reason if they lack an image, a caption or synthetic captions, or
+if their image, json or uid cannot be used. Blank synthetic captions are not stored. A
 shard fails, with an error message of one line, if it is damaged or cut off, if its captions are, or
 if all its samples are skipped. The other shards are reinforced, and the exit status is 1.
 
@@ -30,9 +30,9 @@ Under torchrun the ranks share the shards; several machines can share them by --
 --task-count. A shard gets its name when it is complete, so the command can be run again: finished
 shards are skipped. The augmentations of a sample depend only on --seed and its uid.
 
-Memory: besides the teachers, one batch: at most --batch-size plus `num_samples` augmented images of
-each input size, as bytes and, of one teacher at a time, as floats; and the captions of their
-samples. Each worker adds two samples.
+Memory: the teachers and one batch. A batch has at most --batch-size plus `num_samples` augmented
+images for each input size, as bytes; one teacher's images are also floats. Each worker adds two
+samples.
 
 The script does not make synthetic captions (scripts/caption.py does), and downloads nothing but
 OpenCLIP's own weights.

@@ -3,8 +3,8 @@
     python scripts/teacher_scale.py datasets/mine/joined --config datasets/mine/config.json
 
 The script reads stored embeddings of joined shards or reinforcement shards; the teachers do not
-run. In batches of --batch-size samples, each teacher's softmax over the images says which of them
-belongs to a caption, and its softmax over the captions which of them belongs to an image. For each
+run. In batches of --batch-size samples, each teacher's softmax over the images predicts a caption's
+image, and its softmax over the captions predicts an image's caption. For each
 teacher and for the ensemble, whose distributions are averaged, the table gives, with original and
 with synthetic captions:
 
@@ -181,9 +181,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--config", type=Path, default=DEFAULT_CONFIG, help=text)
     text = "widths of the teachers' embeddings; default: those of the config's models"
     add("--teacher-dimension", type=int, nargs="+", metavar="D", help=text)
-    add("--batch-size", type=int, default=1024, help="samples of a softmax; default %(default)s")
+    text = "batch size of the softmax; default %(default)s"
+    add("--batch-size", type=int, default=1024, help=text)
     add("--samples", type=int, default=8192, help="samples to read; default %(default)s")
-    text = "of the order in which shards are read; default %(default)s"
+    text = "random seed of the order of the shards; default %(default)s"
     add("--seed", type=int, default=0, help=text)
     args = parser.parse_args(arguments)
     if args.batch_size < 2 or args.samples < 2:

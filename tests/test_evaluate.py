@@ -24,7 +24,7 @@ from shards import encode, picture, write_shard
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch.utils.data import DataLoader
 
-pytestmark = pytest.mark.extended
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 MODEL = ROOT / "tests" / "data" / "tiny_vit.json"
 CLASSES, IMAGES = 6, 40

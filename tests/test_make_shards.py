@@ -1,4 +1,4 @@
-"""make_shards.py makes image-caption shards from a folder or a table, and lists bad pictures."""
+"""make_shards.py makes image-caption shards from a folder or a table, and lists bad images."""
 
 import csv
 import hashlib
@@ -45,7 +45,7 @@ def read_all(output):
 
 
 def read_bad(output):
-    lines = (output / "bad_pictures.jsonl").read_text().splitlines()
+    lines = (output / "bad_images.jsonl").read_text().splitlines()
     return {entry["source"]: entry["reason"] for entry in map(json.loads, lines)}
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_used_is_skipped_listed_and_counted(pictures, tmp_path, c
     assert sum(map(len, read_all(tmp_path / "out").values())) == PICTURES
     said = capsys.readouterr()
     assert "skipped: undecodable image" in said.out
-    assert "failed: none of its 3 pictures can be used" in said.err
+    assert "failed: none of its 3 images can be used" in said.err
 
 
 def test_large_pictures_are_scaled_down(pictures, tmp_path):
@@ -164,6 +164,6 @@ def test_tables_give_the_same_samples_as_their_pictures(pictures, tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(SystemExit, match=r"broken\.parquet cannot be read"):
         make(tmp_path / "broken.parquet", tmp_path / "other")
-    with pytest.raises(SystemExit, match="expected a folder of pictures, or a table"):
+    with pytest.raises(SystemExit, match="expected a folder of images, or a table"):
         make(tmp_path / "none", tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -58,7 +58,7 @@ def test_the_page_is_walked_as_typed_on_200_pictures_with_small_models(pinned_tr
         path.with_suffix(".txt").write_text(f"picture {n}")
     save_captioner(tmp_path / "coca.pt")
     given = {
-        "PICTURES": "pictures",
+        "IMAGES": "pictures",
         "CAPTIONER": f"--model {CAPTIONER} --pretrained coca.pt --captions 2 --max-tokens 6",
         "D": "$PWD/datasets/mine",
         "PROCESSES": "1",
@@ -90,7 +90,7 @@ def test_the_page_is_walked_as_typed_on_200_pictures_with_small_models(pinned_tr
     assert {"image_to_text_R@1", "text_to_image_R@1"} <= set(result)
 
     mine = tmp_path / "datasets" / "mine"
-    lines = (mine / "pairs" / "bad_pictures.jsonl").read_text().splitlines()
+    lines = (mine / "pairs" / "bad_images.jsonl").read_text().splitlines()
     bad = [json.loads(line) for line in lines]
     assert [(entry["source"], entry["reason"]) for entry in bad] == [
         ("0/0.jpg", "undecodable image")

@@ -1,4 +1,4 @@
-"""Measure the loader: CPU time, memory, what is read, and what is handed over to the trainer.
+"""Measure the loader: CPU time, memory, bytes read, and bytes handed over to the trainer.
 
     python scripts/benchmarks/loader.py [--data PATTERN] [--profile]
 

@@ -9,8 +9,8 @@ alternately in one process, and prints medians. Rows are the local batch, column
 process, gradients included, features not. Time is the process's CPU time with one thread, and wall
 time with several threads or on a GPU.
 
-The second command prints the loss's share of a training step's FLOPs, for both published recipes.
-It loads no weights.
+The second command prints the loss's share of a training step's FLOPs, for the 12M and the 1B
+recipe. It loads no weights.
 
 The gathering of features over processes is not measured.
 """

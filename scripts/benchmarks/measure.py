@@ -1,4 +1,4 @@
-"""What the benchmarks share: a header, medians of alternating runs, and memory."""
+"""Shared code of the benchmarks: a header, medians of alternating runs, and memory."""
 
 import multiprocessing
 import os

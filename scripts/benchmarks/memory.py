@@ -5,9 +5,9 @@
 For each model the script counts the parameters, and the bytes that autograd keeps for the backward
 pass of a step with two captions per image and bfloat16 autocast. The step runs on fake tensors,
 which have a size and no content. The memory of a GPU is then 18 bytes per parameter (the weight,
-its gradient, two moments of AdamW, all in float32, and a bfloat16 copy for autocast), and that of
-each image times the batch. One tenth of the GPU is left for buffers, fragmentation and the loss.
-The result is an estimate, not a measurement on a GPU.
+its gradient, two moments of AdamW, all in float32, and a bfloat16 copy for autocast), plus the
+kept bytes per image times the batch size. One tenth of the GPU is left for buffers, fragmentation
+and the loss. The result is an estimate, not a measurement on a GPU.
 """
 
 import argparse

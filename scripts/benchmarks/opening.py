@@ -2,11 +2,11 @@
 
     python scripts/benchmarks/opening.py [--shards 65536] [--samples 19531]
 
-The script makes shards without content (sparse files), each with an index of so many samples, and
-a sizes.json for each thousand of them; the default is DataCompDR-1B. Then a new process, for each
-run, does what a rank does before its first batch: it reads the sizes of the shards, permutes them,
-finds the window in which its stream begins, and opens the shards of this window by their indices.
-The files are in the page cache.
+The script makes shards without content (sparse files), each with an index of --samples samples,
+and a sizes.json for each thousand of them; the default is DataCompDR-1B. Then, for each run, a new
+process does what a rank does before its first batch: it reads the sizes of the shards, permutes
+them, finds the window in which its stream begins, and opens the shards of this window by their
+indices. The files are in the page cache.
 
 It needs 65,536 x 2 files and 200 MB in a temporary folder, which is removed.
 """

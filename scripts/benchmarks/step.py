@@ -24,7 +24,7 @@ from dr.weights import register_model
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEACHERS = 768, 768  # widths
-BASELINE = "plain, 2 captions"
+BASELINE = "baseline, 2 captions"
 
 
 def make_steps(args: argparse.Namespace, device: str) -> dict[str, Callable[[], None]]:

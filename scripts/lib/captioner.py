@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .models import load_model_or_exit
 
-ROUNDS = 5  # in which blank and repeated captions are drawn again
+ROUNDS = 5  # of sampling: those after the first replace blank and repeated captions
 
 
 class Sampling(NamedTuple):
