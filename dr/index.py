@@ -53,6 +53,7 @@ VERSION = 1
 MAX_SHARE = 50  # an index of more than 1/50 of its shard, and of more than MIN_BOUND, is not read
 MIN_BOUND = 1 << 20  # bytes
 MAX_DESCRIPTION = 1 << 16  # bytes that describe an array, or all arrays of a safetensors member
+REQUIRED_ARRAYS = {"image_emb", "text_emb"}
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _NPY_TYPES = {"<f2": "F16", "<f4": "F32", "<f8": "F64"}
 
@@ -224,7 +225,7 @@ def find_arrays(file: BinaryIO, offset: int, size: int, extension: str) -> dict[
                 arrays[name] = array
     except Exception:  # whatever a broken or hostile file raises: training reads it as a whole
         return None
-    if size > MAX_INFLATED or not {"image_emb", "text_emb"} <= arrays.keys():
+    if size > MAX_INFLATED or not arrays.keys() >= REQUIRED_ARRAYS:
         return None
     return arrays if all(array.end <= size for array in arrays.values()) else None
 
@@ -256,6 +257,8 @@ class ShardIndex:
             if content["bytes"] != size or modified not in (None, content["modified"]):
                 raise IndexFault("is stale: the size or time of the shard is another")
             self.header: int = content["header"]
+            if type(self.header) is not int or (content["samples"] and self.header < BLOCK):
+                raise ValueError(f"header {self.header}")
             self.layouts = [_read_layout(layout) for layout in content["layouts"]]
             self.rows: list[list] = content["samples"]
             self.starts = list(self._find_starts())
@@ -304,6 +307,8 @@ def _read_layout(layout: dict) -> tuple[tuple[str, ...], dict[str, Array] | None
     if arrays is None:
         return tuple(extensions), None
     found = {name: Array(*fields) for name, fields in arrays.items()}
+    if not found.keys() >= REQUIRED_ARRAYS:
+        raise ValueError(f"arrays {list(found)}")
     for a in found.values():
         numbers = a.start, a.stop - a.start, a.offset, a.rows, a.columns
         if not all(type(n) is int and n >= 0 for n in numbers) or a.dtype not in ITEM_BYTES:

@@ -176,6 +176,8 @@ class _OpenShard:
             self.samples = ShardIndex(data, size, modified)
         except FileNotFoundError:
             self.index_fault = "is missing"
+        except OSError as error:  # a store may answer so for what is missing
+            self.index_fault = f"can't be read: {type(error).__name__}: {error}"
         except IndexFault as error:
             self.index_fault = str(error)
         return not self.index_fault
@@ -320,7 +322,8 @@ class ShardReader:
             if self.wanted(extension):
                 end = size
                 if entry.arrays is not None and extension in ARRAY_MEMBERS:
-                    end = min(size, max(a.stop for a in entry.arrays.values() if a.start == 0))
+                    first = (a.stop for a in entry.arrays.values() if a.start == 0)
+                    end = min(size, max(first, default=0))
                 spans[extension] = offset - TAR_BLOCK, offset + end
         return spans
 

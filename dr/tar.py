@@ -345,12 +345,16 @@ def read_sizes(folder: str) -> dict[str, int]:
 
     Raises:
         ValueError: the file does not hold ``{shard's file name: number of samples}``.
+        OSError: it cannot be read. A store without permission to list answers so also where there
+            is no such file.
     """
     path = os.path.join(folder, SIZES)
     try:
         sizes = json.loads(read_file(path, MAX_SIZES).decode("utf-8-sig"))
     except FileNotFoundError:
         return {}
+    except PermissionError as error:
+        raise PermissionError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(sizes, dict) or not all(

@@ -5,6 +5,7 @@ statistics (mean and standard deviation), and the same interpolation when they a
 knows these of its tags; this module finds those of weight files.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -95,6 +96,16 @@ RELEASED = (
 )
 
 
+def read_hub_preprocessing(weights: str) -> dict[str, Any]:
+    """``preprocess_cfg`` of the ``open_clip_config.json`` in the same folder; empty without it."""
+    try:
+        path = os.path.join(os.path.dirname(os.path.abspath(weights)), "open_clip_config.json")
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file)["preprocess_cfg"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def find_preprocessing(weights: str) -> Preprocessing | None:
     """Find the preprocessing of a weight file; None if it is not known.
 
@@ -102,13 +113,10 @@ def find_preprocessing(weights: str) -> Preprocessing | None:
     format, or from the name of a released MobileCLIP file or folder.
     """
     folder, name = os.path.split(os.path.abspath(weights))
-    try:
-        with open(os.path.join(folder, "open_clip_config.json"), encoding="utf-8") as file:
-            found = json.load(file)["preprocess_cfg"]
+    found = read_hub_preprocessing(weights)
+    with contextlib.suppress(KeyError, TypeError):
         interpolation = found.get("interpolation", OPENAI.interpolation)
         return Preprocessing(tuple(found["mean"]), tuple(found["std"]), interpolation)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     for text in (name, os.path.basename(folder)):
         stem = text.lower().removesuffix(".pt").removesuffix(".safetensors")
         for pattern, preprocessing in RELEASED:

@@ -52,7 +52,7 @@ from lib.captions import (
     read_captions,
 )
 from lib.publish import hash_file, publish, publish_json, remove_leftovers
-from lib.report import run_command
+from lib.report import check_least, run_command
 from lib.samples import (
     Sample,
     ShardSamples,
@@ -143,6 +143,15 @@ def caption_shard(
         skipped.update(lost)
 
 
+def is_finished(shard: str, args: argparse.Namespace) -> bool:
+    """Whether a shard has captions under the key; a damaged file of captions is not finished."""
+    path = find_captions(args.output, os.path.basename(shard))
+    try:
+        return path is not None and has_captions(path, args.key)
+    except ShardError:
+        return False  # captioning reports what is wrong
+
+
 def encode_line(uid: str, lists: dict[str, list[str]]) -> bytes:
     return json.dumps({"uid": uid, **lists}).encode() + b"\n"
 
@@ -203,9 +212,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_task_options(parser)
     args = parser.parse_args(arguments)
     check_task(parser, args)
-    for option in ("captions", "max_tokens", "batch_size"):
-        if (value := getattr(args, option)) < 1:
-            parser.error(f"--{option.replace('_', '-')} {value}: expected at least 1")
+    check_least(parser, args, 1, "captions", "max_tokens", "batch_size")
+    check_least(parser, args, 0, "workers", "beams")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top-p {args.top_p}: expected a probability over 0, at most 1")
     if not args.temperature > 0:
@@ -223,8 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shards = find_shards(args.input, args.output)
     own = select_share(shards, args.task_index, args.task_count)[RANK::WORLD_SIZE]
     settings = check_settings(args, how)
-    found = {shard: find_captions(args.output, os.path.basename(shard)) for shard in own}
-    todo = [shard for shard, path in found.items() if not path or not has_captions(path, args.key)]
+    todo = [shard for shard in own if not is_finished(shard, args)]
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(gpu if torch.cuda.is_available() else "cpu")
     if todo:

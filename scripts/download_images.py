@@ -66,7 +66,7 @@ from lib import http
 from lib.datasets import DATASETS, add_dataset_option, describe_datasets
 from lib.pool import end_with_parent, run_all
 from lib.publish import publish, publish_json, remove_leftovers
-from lib.report import describe_error, format_table, printable, run_command
+from lib.report import check_least, describe_error, format_table, printable, run_command
 from lib.shards import (
     Contents,
     Samples,
@@ -589,10 +589,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not args.dataset and not (args.input and args.output):
         parser.error("expected --dataset, or --input and --output")
     args.batch = args.batch if args.batch is not None else SHARDS_PER_PROCESS * args.processes
-    for option in ("processes", "threads", "timeout", "retries", "batch"):
-        least = 0 if option == "retries" else 1
-        if (value := getattr(args, option)) < least:
-            parser.error(f"--{option} {value}: expected at least {least}")
+    check_least(parser, args, 1, "processes", "threads", "timeout", "batch")
+    check_least(parser, args, 0, "retries")
     return args
 
 

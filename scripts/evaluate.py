@@ -57,11 +57,10 @@ from lib.evaluation import (
     format_results,
     format_score,
     read_results,
-    select_results,
 )
 from lib.models import LoadedModel, ModelError, find_run, load_model
 from lib.publish import hash_file, publish
-from lib.report import describe_error, printable, run_command
+from lib.report import check_least, describe_error, printable, run_command
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -509,6 +508,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     text = "cuda or cpu; default: a GPU if there is one"
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=text)
     args = parser.parse_args(arguments)
+    check_least(parser, args, 1, "batch_size")
+    check_least(parser, args, 0, "workers")
     args.suite = parse_suite(args.suite)
     if not args.suite:
         parser.error("--suite is empty: expected a suite or names of data sets")
@@ -539,9 +540,10 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint on the data sets that are not in its results."""
     sha256 = hash_file(checkpoint)
     model = load_model(args.model, checkpoint, torch.device(args.device))
+    config = model.hash_config()
     parameters = sum(parameter.numel() for parameter in model.model.parameters()) / 1e6
     for key in args.suite:
-        if (sha256, key) in read_results(path):
+        if key in read_results(path, sha256, config):
             print(f"{checkpoint} on {key}: is in {path}")
             continue
         print(f"{checkpoint} on {key}", flush=True)
@@ -557,9 +559,10 @@ def evaluate_checkpoint(
             "pretrained": checkpoint,
             "language": "en",
             "sha256": sha256,
+            "model_config": config,
         }
         append_result(path, line | found)
-    results = select_results(read_results(path), sha256)
+    results = read_results(path, sha256, config)
     name = f"{find_run(checkpoint).name}/{Path(checkpoint).stem}"
     return Evaluated(name, parameters, results)
 

@@ -36,6 +36,7 @@ import secrets
 import shutil
 import statistics
 import sys
+import tarfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -56,8 +57,8 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dr.sample import BadSample, caption, decode_image
-from dr.tar import read_samples
+from dr.sample import BadSample, caption, check_members, decode_image
+from dr.tar import PLAIN_MEMBERS, read_samples
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CARD, RECORD = "README.md", "export.json"
@@ -160,16 +161,20 @@ def encode_with(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
 def read_pairs(shard: str) -> tuple[list[Image.Image], list[str]]:
     """The first images and captions of an image-caption shard."""
     images, captions = [], []
-    with open(shard, "rb") as file:
-        for _, members in read_samples(file, lambda extension: True):
-            try:
-                img, text = decode_image(members), caption(members)
-            except BadSample:
-                continue
-            images.append(img)
-            captions.append(text)
-            if len(images) == EXAMPLES:
-                break
+    try:
+        with open(shard, "rb") as file:
+            for _, members in read_samples(file, lambda extension: True):
+                try:
+                    check_members(members, PLAIN_MEMBERS)
+                    img, text = decode_image(members), caption(members)
+                except BadSample:
+                    continue
+                images.append(img)
+                captions.append(text)
+                if len(images) == EXAMPLES:
+                    break
+    except tarfile.TarError as error:
+        raise ExportError(f"{shard} is not a whole tar: {error}") from None
     if not images:
         raise ExportError(f"{shard} has no sample with an image and a caption")
     return images, captions
@@ -481,6 +486,7 @@ def write_formats(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "settings": describe_settings(args),
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+        "model_config": model.hash_config(),
         "rows": rows,
         "compared_on": shorten_path(examples.source),
         "threads": torch.get_num_threads(),

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.pool import run_all
-from lib.report import describe_error, format_table, printable, run_command
+from lib.report import check_least, describe_error, format_table, printable, run_command
 from lib.shards import ShardError, expand_braces, find_files
 from lib.tar_writer import has_index, write_index
 from tqdm import tqdm
@@ -59,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cores, text = min(8, os.cpu_count() or 1), "processes; default: one for each core, up to 8"
     parser.add_argument("--workers", type=int, default=cores, help=text)
     args = parser.parse_args(arguments)
-    if args.workers < 1:
-        parser.error("--workers: expected at least 1")
+    check_least(parser, args, 1, "workers")
     shards, states = find_shards(args.shards), Counter[str]()
     bar = tqdm(run_all(index_shard, shards, args.workers), total=len(shards), unit=" shards")
     for shard, state, error in bar:

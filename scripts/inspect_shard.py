@@ -38,7 +38,7 @@ import safetensors.torch
 from lib.config import DEFAULT_CONFIG, read_config
 from lib.datasets import DATASETS, add_dataset_option
 from lib.hub import Beginning, HubShard, LimitReached, open_beginning
-from lib.report import printable, run_command
+from lib.report import check_least, printable, run_command
 from lib.shards import MAX_JSON, describe_type
 from PIL import Image
 from torch import Tensor
@@ -225,8 +225,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     dataset = DATASETS[args.dataset] if args.dataset else None
     if not args.shard and not dataset:
         parser.error("expected SHARD or --dataset")
-    if args.samples < 1:
-        parser.error(f"--samples {args.samples}: expected at least 1")
+    check_least(parser, args, 1, "samples")
     args.config = args.config or (dataset.config_path if dataset else DEFAULT_CONFIG)
     return args
 

@@ -75,7 +75,7 @@ from lib.datasets import DATASETS, add_dataset_option, describe_datasets
 from lib.index import UnalignedSource
 from lib.pool import run_all
 from lib.publish import publish, publish_json, remove_leftovers
-from lib.report import describe_error, format_table, printable, run_command
+from lib.report import check_least, describe_error, format_table, printable, run_command
 from lib.shards import (
     CHUNK,
     HEADER_BUFFER,
@@ -546,8 +546,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(
             f"--require {','.join(sorted(unknown))}: expected some of {','.join(HOW_TO_GET)}"
         )
-    if args.workers < 1:
-        parser.error("--workers: expected at least 1")
+    check_least(parser, args, 1, "workers")
     check_task(parser, args)
     if args.dataset:
         args.output = args.output or DATASETS[args.dataset].joined.path()

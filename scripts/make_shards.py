@@ -41,14 +41,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from lib.pool import run_all
 from lib.publish import publish, publish_json, remove_leftovers
-from lib.report import format_table, printable, run_command
+from lib.report import check_least, format_table, printable, run_command
 from lib.shards import MAX_NAME, ShardError, find_files, parse_uid
 from lib.tar_writer import write_tar
 from lib.tasks import add_task_options, check_task, select_share
 from PIL import Image
 from tqdm import tqdm
 
-from dr.sample import BadSample, decode_image
+from dr.sample import IMAGE_FORMATS, BadSample, decode_image
 from dr.tar import IMAGE_MEMBERS, MAX_MEMBER
 
 try:
@@ -58,7 +58,9 @@ except ImportError:
 
 SETTINGS, BAD_IMAGES = "make_shards.json", "bad_images.jsonl"
 MAX_TEXT = 1 << 20  # bytes of a caption
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+TOO_LONG = "{} of over {} bytes"
+MAX_FIELD = 1 << 26  # characters of a field of a table
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: of cameras
 JPEG_QUALITY = 95
 TABLES = {".csv": ",", ".tsv": "\t", ".parquet": ""}  # and what separates their fields
 
@@ -91,12 +93,17 @@ class Part(NamedTuple):
 
 
 # --- rows -----------------------------------------------------------------------------------------
-def list_folder(folder: Path) -> tuple[list[Row], str]:
-    """A row for each file below a folder that is not a text, and a hash of names and sizes."""
+def list_folder(folder: Path, output: Path) -> tuple[list[Row], str]:
+    """A row for each file below a folder that is not a text, and a hash of names and sizes.
+
+    Files of the output, which may be below the folder, do not count.
+    """
     names, digest = find_files(folder, ""), hashlib.sha256()
     rows = []
     for name in names:
         path = folder / name
+        if path.resolve().is_relative_to(output.resolve()):
+            continue
         digest.update(f"{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
         if path.suffix.lower() != ".txt":
             text = path.with_suffix(".txt")
@@ -106,10 +113,10 @@ def list_folder(folder: Path) -> tuple[list[Row], str]:
 
 def list_text_table(path: Path, args: argparse.Namespace) -> list[Row]:
     """The rows of a csv or tsv file; exits with a line if it lacks a column."""
-    csv.field_size_limit(MAX_TEXT)
+    csv.field_size_limit(MAX_FIELD)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=TABLES[path.suffix])
+            reader = csv.DictReader(file, delimiter=TABLES[path.suffix.lower()])
             check_columns(path, reader.fieldnames or (), args)
             return [make_row(path, number, row, args) for number, row in enumerate(reader)]
     except (csv.Error, UnicodeDecodeError) as error:
@@ -176,7 +183,7 @@ def read_bounded(path: Path, limit: int, kind: str) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise BadSample(f"unreadable {kind}", error) from error
     if len(data) > limit:
-        raise BadSample(f"a {kind} of over {limit} bytes")
+        raise BadSample(TOO_LONG.format(kind, limit))
     return data
 
 
@@ -189,6 +196,8 @@ def read_caption(caption: Path | str | None) -> str:
             raise BadSample("a caption that is not UTF-8", error) from error
     if not isinstance(caption, str) or not caption.strip():
         raise BadSample("no caption", "it is missing or blank")
+    if len(caption.encode("utf-8", "surrogatepass")) > MAX_TEXT:
+        raise BadSample(TOO_LONG.format("caption", MAX_TEXT))
     return caption.strip()
 
 
@@ -204,13 +213,15 @@ def read_image(image: Path | bytes | None, max_side: int) -> tuple[str, bytes]:
         if image.suffix.lower().removeprefix(".") not in IMAGE_MEMBERS:
             raise BadSample("another format", f"expected {', '.join(IMAGE_MEMBERS)}")
         image = read_bounded(image, MAX_MEMBER, "image")
+    if len(image) > MAX_MEMBER:
+        raise BadSample(TOO_LONG.format("image", MAX_MEMBER))
     img = decode_image({"jpg": image})  # whatever its format is
     if max_side and max(img.size) > max_side:
         img.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
         stream = io.BytesIO()
         img.save(stream, "JPEG", quality=JPEG_QUALITY)
         return "jpg", stream.getvalue()
-    with Image.open(io.BytesIO(image), formats=tuple(EXTENSIONS)) as opened:
+    with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as opened:
         return EXTENSIONS[str(opened.format)], image
 
 
@@ -281,7 +292,7 @@ def split_input(args: argparse.Namespace) -> tuple[list[Part], Any]:
     listed: Sequence[Row] | range
     stamp: Any
     if args.input.is_dir():
-        listed, stamp = list_folder(args.input)
+        listed, stamp = list_folder(args.input, args.output)
     elif not args.input.is_file() or suffix not in TABLES:
         raise SystemExit(
             f"error: --input {args.input}: expected a folder of images, or a table "
@@ -347,9 +358,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_task_options(parser)
     args = parser.parse_args(arguments)
     check_task(parser, args)
-    for option, least in (("samples", 1), ("max_side", 0), ("workers", 1)):
-        if (value := getattr(args, option)) < least:
-            parser.error(f"--{option.replace('_', '-')} {value}: expected at least {least}")
+    check_least(parser, args, 1, "samples", "workers")
+    check_least(parser, args, 0, "max_side")
     return args
 
 

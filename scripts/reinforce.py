@@ -56,7 +56,7 @@ import torch
 from lib.captions import KEY, Captions, SyntheticCaptions
 from lib.config import ReinforcementConfig, read_config
 from lib.publish import hash_file, publish, publish_json, remove_leftovers
-from lib.report import run_command
+from lib.report import check_least, run_command
 from lib.samples import (
     Sample,
     ShardSamples,
@@ -77,9 +77,9 @@ from dr.sample import (
     PLAIN_MEMBERS,
     BadSample,
     bound_caption,
-    caption,
     decode_image,
     first_member,
+    original_captions,
 )
 from dr.tar import Members
 from dr.transforms import Compose
@@ -130,20 +130,23 @@ class Augmenter:
         img = decode_image(members)
         digest = hashlib.sha256(f"{self.seed} {uid}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        sampled = [self.compose(img) for _ in range(self.augmentations)]
-        params = [params for _, params in sampled]
-        images = [
-            [augmented for augmented, _ in sampled]
-            if crop is self.compose
-            else [crop.reapply(img, stored)[0] for stored in params]
-            for crop in self.crops
-        ]
+        try:
+            sampled = [self.compose(img) for _ in range(self.augmentations)]
+            params = [params for _, params in sampled]
+            images = [
+                [augmented for augmented, _ in sampled]
+                if crop is self.compose
+                else [crop.reapply(img, stored)[0] for stored in params]
+                for crop in self.crops
+            ]
+        except ValueError as error:  # of torchvision: a random_crop larger than the image
+            raise BadSample("augmentation", error) from error
         return {
             "sha256": sha256 if isinstance(sha256, str) else hashlib.sha256(image).hexdigest(),
             "url": members.get("url.txt"),
             "images": [torch.stack(list(map(to_bytes, views))) for views in images],
             "params": [self.compose.compress(stored) for stored in params],
-            "captions": [caption(members)],
+            "captions": original_captions(members),
             "synthetic": lists,
         }
 
@@ -156,14 +159,15 @@ def encode_members(
     Args:
         sample: as :class:`Augmenter` makes it.
         image_emb: ``[A, ΣD_k]``.
-        text_emb: ``[1 + S, ΣD_k]``.
+        text_emb: ``[C + S, ΣD_k]``, of the original and the synthetic captions.
         extension: of the embeddings' member, ``npz`` (float32), ``safetensors`` or ``pth.gz``
             (both bfloat16).
     """
     lists: dict[str, list[str]] = sample["synthetic"]
     embeddings = {"image_emb": image_emb, "text_emb": text_emb}
     if list(lists) != [KEY]:  # DFNDR's layout
-        originals, *parts = text_emb.split([1, *map(len, lists.values())])
+        counts = [len(sample["captions"]), *map(len, lists.values())]
+        originals, *parts = text_emb.split(counts)
         embeddings["text_emb"] = originals
         embeddings |= {f"{key}_emb": part for key, part in zip(lists, parts, strict=True)}
     stream, members = io.BytesIO(), dict[str, bytes]()
@@ -232,7 +236,10 @@ def embed_samples(
         image_emb, text_emb = (torch.cat(rows, dim=1) for rows in zip(*parts, strict=True))
         image_parts = image_emb.split([len(sample["params"]) for sample in batch])
         text_parts = text_emb.split(
-            [1 + sum(map(len, sample["synthetic"].values())) for sample in batch]
+            [
+                len(sample["captions"]) + sum(map(len, sample["synthetic"].values()))
+                for sample in batch
+            ]
         )
         for sample, image_rows, text_rows in zip(batch, image_parts, text_parts, strict=True):
             yield sample["uid"], encode_members(sample, image_rows, text_rows, extension)
@@ -332,9 +339,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_task_options(parser)
     args = parser.parse_args(arguments)
     check_task(parser, args)
-    for option, least in (("batch_size", 1), ("workers", 0)):
-        if (value := getattr(args, option)) < least:
-            parser.error(f"--{option.replace('_', '-')} {value}: expected at least {least}")
+    check_least(parser, args, 1, "batch_size")
+    check_least(parser, args, 0, "workers")
     return args
 
 
@@ -364,8 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         augmenter = Augmenter(compose, crops, config.augmentations, found, args.seed)
         views = [augmenter.crops.index(crop) for crop in crops]
         written, uids = reinforce_shard(shard, augmenter, teachers, views, args, skipped, bar)
-        if captions.in_shards:
-            skipped.update({"captions without a sample": len(found.keys() - uids)})
+        if captions.in_shards and (others := len(found.keys() - uids)):
+            skipped["captions without a sample"] += others
         return written
 
     process_shards(todo, process, "reinforce", "reinforced")

@@ -23,14 +23,15 @@ synthetic one. Bad samples are skipped and counted.
 import argparse
 import functools
 import random
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from lib.config import DEFAULT_CONFIG
 from lib.reinforcement import STORED, Reinforcement, read_reinforcement
-from lib.report import run_command
+from lib.report import check_least, run_command
 from lib.shards import ShardError, Source
 from torch import Tensor
 from tqdm import tqdm
@@ -64,6 +65,25 @@ class Score(NamedTuple):
     text_to_image: float
 
 
+def read_stored(file: BinaryIO) -> Iterator[dict[str, Tensor] | None]:
+    """The embeddings of a shard's samples; None: the sample cannot be used.
+
+    Raises:
+        ShardError: the shard is not a whole tar.
+    """
+    try:
+        for _, members in read_samples(file, READ.__contains__):
+            try:
+                check_members(members, STORED)
+                stored = embeddings(members)
+                finite = all(bool(array.isfinite().all()) for array in stored.values())
+                yield stored if finite else None
+            except BadSample:
+                yield None
+    except tarfile.TarError as error:
+        raise ShardError(f"{file.name} is not a whole tar: {error}") from None
+
+
 def read_embeddings(
     shards: Sequence[Path], reinforcement: Reinforcement, samples: int
 ) -> tuple[Tensor, dict[str, Tensor], int]:
@@ -82,11 +102,8 @@ def read_embeddings(
         if len(rows) == samples:
             break
         with open(shard, "rb") as file:
-            for _, members in read_samples(file, READ.__contains__):
-                try:
-                    check_members(members, STORED)
-                    stored = embeddings(members)
-                except BadSample:
+            for stored in read_stored(file):
+                if stored is None:
                     skipped += 1
                     continue
                 found = stored["image_emb"].shape[1]
@@ -187,8 +204,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     text = "random seed of the order of the shards; default %(default)s"
     add("--seed", type=int, default=0, help=text)
     args = parser.parse_args(arguments)
-    if args.batch_size < 2 or args.samples < 2:
-        parser.error("--batch-size and --samples: expected at least 2")
+    check_least(parser, args, 2, "batch_size", "samples")
     return args
 
 

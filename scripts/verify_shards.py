@@ -51,7 +51,7 @@ from lib.crop_boxes import DIRECTIONS, CropBoxes, judge, merge_counts
 from lib.datasets import DATASETS, add_dataset_option, describe_datasets
 from lib.pool import run_all
 from lib.publish import publish_json
-from lib.report import printable, run_command
+from lib.report import check_least, printable, run_command
 from lib.shards import (
     HEADER_BUFFER,
     ShardError,
@@ -617,9 +617,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("expected SHARDS or --dataset")
     if args.part is not None and not 0 < args.part <= 1:
         parser.error(f"--part {args.part:g}: expected a share, over 0 and at most 1")
-    for option in ("samples", "workers", "embed"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            parser.error(f"--{option} {value}: expected at least 1")
+    check_least(parser, args, 1, "samples", "workers", "embed")
     if not 0 <= args.max_bad <= 1:
         parser.error(f"--max-bad {args.max_bad:g}: expected a share, 0 to 1")
     if args.teacher_dimension and min(args.teacher_dimension) < 1:

@@ -2,9 +2,16 @@
 
 with S3Server() as server:
     server.upload(folder, "bucket/shards")
+
+Run as a script, it serves a folder as s3://bucket/shards, with 20 ms of latency and 1 % of errors,
+until Ctrl-C, and prints the variables with which clients find it:
+
+    python tests/s3_server.py FOLDER
 """
 
+import os
 import random
+import sys
 import threading
 import time
 from pathlib import Path
@@ -79,3 +86,13 @@ class S3Server:
     def __exit__(self, *_):
         self.server.shutdown()
         self.server.server_close()
+
+
+if __name__ == "__main__":
+    with S3Server() as running:
+        os.environ |= running.environment()
+        running.upload(sys.argv[1], "bucket/shards")
+        running.latency, running.errors = 0.02, 0.01
+        for setting in running.environment().items():
+            print("export {}={}".format(*setting), flush=True)
+        threading.Event().wait()

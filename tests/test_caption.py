@@ -1,5 +1,7 @@
 """caption.py writes synthetic captions: the same again for a uid, in files that reinforce.py reads."""
 
+import gzip
+import io
 import json
 import sys
 
@@ -11,6 +13,7 @@ from conftest import ROOT, environment, run
 from lib.captioner import Captioner, Sampling, draw_tokens
 from lib.captions import SyntheticCaptions
 from lib.shards import ShardError
+from PIL import Image
 from shards import encode, picture, uid, write_shard
 
 from dr.weights import register_model
@@ -203,16 +206,25 @@ def test_what_cannot_be_captioned_is_one_line(world, tmp_path, capsys):
         "coca_ViT-L-14"
     )
     assert "--max-tokens 32" in refused(world, out, "--max-tokens", 32) and not out.exists()
+    assert "no weights: give an OpenCLIP tag" in refused(world, out, "--pretrained", "")
+    assert "has its own weights" in refused(world, out, "--model", "hf-hub:a/b")
+    assert not out.exists()
     whole = (world / "images" / "00000000.tar").read_bytes()
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "00000000.tar").write_bytes(whole[:-20000])
     (tmp_path / "images" / "00000001.tar").write_bytes(whole)
-    write_shard(tmp_path / "images" / "00000002.tar", [(uid(0), {"txt": b"no image"})])
+    narrow = io.BytesIO()
+    Image.new("RGB", (1, 200_000)).save(narrow, "PNG")  # of 200 megapixels once it is resized
+    bad = [(uid(0), {"txt": b"no image"}), (uid(1), {"png": narrow.getvalue()})]
+    write_shard(tmp_path / "images" / "00000002.tar", bad)
     said = refused(world, out, "--input", f"{tmp_path}/images/{{00000000..00000002}}.tar")
     assert "rank 0: 2 of 3 shards failed" in said and "\n" not in said
     said = capsys.readouterr().err
     assert "00000000.tar: failed: not a whole tar: " in said
-    assert "00000002.tar: failed: no sample would be left: 1 lacks an image" in said
+    assert "00000002.tar: failed: 1 oversized image" in said and "1 lacks an image" in said
     assert sorted(path.name for path in out.iterdir()) == ["00000001.jsonl", "caption.json"]
+    (out / "00000000.jsonl.gz").write_bytes(gzip.compress(b'{"uid": "a"}' * 99)[:-20])
+    said = refused(world, out, "--input", f"{tmp_path}/images/{{00000000..00000001}}.tar")
+    assert "1 of 1 shards failed" in said and "damaged gzip" in said
     (out / "caption.json").unlink()
     assert "has captions that this script did not make" in refused(world, out)

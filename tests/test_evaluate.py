@@ -18,7 +18,7 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from conftest import ROOT, environment, run
 from hub_server import hub_server
 from lib import evaluation
-from lib.evaluation import DATACOMP38, read_results
+from lib.evaluation import DATACOMP38
 from lib.models import load_model
 from shards import encode, picture, write_shard
 from sklearn.metrics import balanced_accuracy_score, f1_score
@@ -268,6 +268,12 @@ def test_checkpoints_of_a_run_give_a_table_and_a_figure_and_nothing_is_evaluated
     monkeypatch.setattr(evaluate, "evaluate", None)  # whatever calls it fails
     evaluate.main(command(*checkpoints, **given))
     assert capsys.readouterr().out.count(f"is in {results}") == 3 + 4
+    config = json.loads(MODEL.read_text()) | {"quick_gelu": True}
+    (tmp_path / "tiny_vit.json").write_text(json.dumps(config))
+    arguments = command(*checkpoints, **given)
+    arguments[arguments.index(str(MODEL))] = str(tmp_path / "tiny_vit.json")
+    with pytest.raises(TypeError):  # of another model with the same names, nothing is taken
+        evaluate.main(arguments)
 
 
 @pytest.mark.slow
@@ -283,8 +289,8 @@ def test_a_data_set_comes_from_the_hub_and_one_that_it_lacks_is_one_line(
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert last.startswith("error: cars can't be downloaded from the Hub (djghosh/wds_cars_test): ")
     assert "What is evaluated is kept" in last
-    results = read_results(tmp_path / "output" / "results.jsonl")
-    assert [key for _, key in results] == ["cifar10"]
+    lines = (tmp_path / "output" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["dataset"] for line in lines] == ["wds/cifar10"]
 
 
 def test_a_data_set_that_is_not_there_is_named_before_anything_is_evaluated(

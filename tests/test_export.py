@@ -18,7 +18,7 @@ from lib.evaluation import append_result, find_results
 from lib.models import ModelError, load_model
 from lib.publish import hash_file
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shards import encode, picture, write_shard
 
 MODEL = ROOT / "tests" / "data" / "tiny_vit.json"
@@ -153,8 +153,11 @@ def test_an_export_is_pushed_with_its_card_and_without_the_token(
     metrics = {"main_metric": 0.6173, "main_metric_stderr": 0.0022}
     line = {"dataset": "wds/imagenet1k", "metric_name": "acc1", "metrics": metrics}
     results = find_results(checkpoint)
-    append_result(results, line | {"sha256": hash_file(checkpoint)})
+    config = json.loads((folder / "export.json").read_text())["model_config"]
+    line |= {"sha256": hash_file(checkpoint), "model_config": config}
+    append_result(results, line)
     append_result(results, line | {"sha256": "of another checkpoint", "dataset": "wds/cars"})
+    append_result(results, line | {"model_config": "another", "dataset": "wds/cars"})
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(
         huggingface_hub.constants, "HF_HUB_DISABLE_XET", True
@@ -245,6 +248,75 @@ def test_pictures_of_this_repository_stand_in_where_the_run_has_no_data(checkpoi
 def test_a_checkpoint_of_another_model_names_both(checkpoint):
     with pytest.raises(ModelError, match=r"another model \(tiny_vit, .*\) than .*micro_vit"):
         load_model(str(OTHER), str(checkpoint), torch.device("cpu"))
+
+
+CHANGES = {
+    "force_quick_gelu": ({"force_quick_gelu": True}, {"quick_gelu": True}),
+    "openai, before 3.0": ({"pretrained": "openai"}, {"quick_gelu": True}),
+    "openai": ({"pretrained": "openai", "force_context_length": None}, {}),
+    "siglip": ({"siglip": True}, {"init_logit_bias": -10}),
+    "force_custom_text": ({"force_custom_text": True}, {"custom_text": True}),
+    "force_context_length": ({"force_context_length": 9}, {"text_cfg": {"context_length": 9}}),
+}
+
+
+@pytest.mark.parametrize("options", CHANGES)
+def test_what_the_run_changed_in_the_model_is_kept(options, tmp_path):
+    params, changed = CHANGES[options]
+    config = json.loads(MODEL.read_text())
+    expected = {**config, **changed, "text_cfg": config["text_cfg"] | changed.get("text_cfg", {})}
+    (tmp_path / "changed.json").write_text(json.dumps(expected))
+    open_clip.add_model_config(tmp_path / "changed.json")
+    torch.manual_seed(0)
+    trained = open_clip.create_model("changed").eval()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(trained.state_dict(), tmp_path / "checkpoints" / "epoch_1.pt")
+    lines = "".join(f"{name}: {value}\n" for name, value in params.items())
+    (tmp_path / "params.txt").write_text(lines)
+    checkpoint = str(tmp_path / "checkpoints" / "epoch_1.pt")
+    loaded = load_model(str(MODEL), checkpoint, torch.device("cpu"))
+    found = loaded.make_config()["model_cfg"]
+    assert found == {**expected, "vision_cfg": found["vision_cfg"]}
+    tokens = loaded.tokenizer(["a dog"])
+    assert tokens.shape[1] == expected["text_cfg"]["context_length"]
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.model.encode_image(images), trained.encode_image(images))
+    assert torch.equal(loaded.model.encode_text(tokens), trained.encode_text(tokens))
+
+
+def test_a_tag_has_the_activation_that_its_weights_need(tmp_path, monkeypatch):
+    name, weights = _register(MODEL), tmp_path / "weights.safetensors"
+    torch.manual_seed(0)
+    trained = open_clip.create_model(name, force_quick_gelu=True).eval()
+    save_file(trained.state_dict(), weights)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(weights))
+    tags = {"tag": {"hf_hub": "me/tiny/", "quick_gelu": True, "mean": MEAN}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, tags)
+    loaded = load_model(name, "tag", torch.device("cpu"))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.model.encode_image(images), trained.encode_image(images))
+    assert loaded.make_config()["model_cfg"]["quick_gelu"]
+
+
+def test_the_resize_mode_of_an_exported_model_is_kept(checkpoint, tmp_path):
+    weights = tmp_path / "open_clip_model.safetensors"
+    save_file(open_clip.create_model(_register(MODEL)).state_dict(), weights)
+    about = {"mean": MEAN, "std": STD, "resize_mode": "squash"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": about}))
+    loaded = load_model(str(MODEL), str(weights), torch.device("cpu"))
+    assert loaded.make_config()["preprocess_cfg"]["resize_mode"] == "squash"
+
+
+def test_samples_that_lack_something_are_not_compared(checkpoint, tmp_path):
+    pair = {"jpg": encode(picture(0)), "txt": b"a picture"}
+    bad = [("a", {"jpg": pair["jpg"]}), ("b", {"txt": b"no image"})]
+    shard = write_shard(tmp_path / "0.tar", [*bad, ("c", pair)])
+    assert export.read_pairs(str(shard))[1] == ["a picture"]
+    with pytest.raises(export.ExportError, match="has no sample with an image and a caption"):
+        export.read_pairs(str(write_shard(tmp_path / "1.tar", bad)))
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(export.ExportError, match=r"0\.tar is not a whole tar"):
+        export.read_pairs(str(shard))
 
 
 def test_a_torn_checkpoint_is_one_line(checkpoint, tmp_path):

@@ -142,9 +142,23 @@ def test_a_wrong_index_never_gives_wrong_data(seed, tmp_path, caplog):
     assert caplog.text.count("shard is read without it") <= 1
 
 
+def rewrite(index, **fields):
+    index.write_text(json.dumps({**json.loads(index.read_text()), **fields}))
+
+
+def leave_out(index, name):
+    (layout, *others) = json.loads(index.read_text())["layouts"]
+    del layout["arrays"][name]
+    rewrite(index, layouts=[layout, *others])
+
+
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
+        (lambda path, index: rewrite(index, header=512.0), "is damaged"),
+        (lambda path, index: rewrite(index, header=0), "is damaged"),
+        (lambda path, index: leave_out(index, "image_emb"), "is damaged"),
+        (lambda path, index: (index.unlink(), index.mkdir()), "can't be read: IsADirectoryError"),
         (lambda path, index: index.unlink(), "is missing"),
         (lambda path, index: os.utime(path, (1, 1)), "is stale"),
         (lambda path, index: path.write_bytes(path.read_bytes() + bytes(512)), "is stale"),
@@ -154,7 +168,20 @@ def test_a_wrong_index_never_gives_wrong_data(seed, tmp_path, caplog):
         (lambda path, index: index.write_bytes(bytes(2**21)), "is damaged: it is too large"),
         (lambda path, index: index.write_text('{"version": 9}'), "is of version 9, expected 1"),
     ],
-    ids=["missing", "time", "size", "cut", "rubbish", "nested", "large", "version"],
+    ids=[
+        "float",
+        "header",
+        "array",
+        "folder",
+        "missing",
+        "time",
+        "size",
+        "cut",
+        "rubbish",
+        "nested",
+        "large",
+        "version",
+    ],
 )
 def test_an_index_that_cannot_be_used_costs_one_line(damage, fault, tmp_path, caplog):
     path = write_shard(tmp_path / "0.tar", samples("npz"))
@@ -165,6 +192,14 @@ def test_an_index_that_cannot_be_used_costs_one_line(damage, fault, tmp_path, ca
     caplog.set_level(logging.INFO)
     assert contents(path) == expected
     assert len(caplog.records) == 1 and f"0.tar.index {fault}" in caplog.text
+
+
+def test_embeddings_that_begin_with_something_else_cost_their_samples_only(tmp_path):
+    members = reinforced_sample(0)
+    path = write_shard(tmp_path / "0.tar", [(uid(0), {**members, "npz": b"x" + members["npz"]})])
+    expected = contents(path)
+    write_index(path)
+    assert contents(path) == expected
 
 
 def test_the_index_of_another_shard_gives_no_wrong_data(tmp_path):

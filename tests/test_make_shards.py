@@ -97,7 +97,7 @@ def test_what_cannot_be_used_is_skipped_listed_and_counted(pictures, tmp_path, c
         "gif": (encode_as(picture(0), "GIF"), b"x", "gif", "another format"),
         "hidden_gif": (encode_as(picture(0), "GIF"), b"x", "jpg", "undecodable image"),
         "latin": (encode(picture(0)), b"\xe9", "jpg", "a caption that is not UTF-8"),
-        "long": (encode(picture(0)), b"x" * (2**20 + 1), "jpg", "a caption of over 1048576 bytes"),
+        "long": (encode(picture(0)), b"x" * (2**20 + 1), "jpg", "caption of over 1048576 bytes"),
         "large": (encode_as(Image.new("1", (9000, 9000)), "PNG"), b"x", "png", "oversized image"),
     }
     (pictures / "c").mkdir()
@@ -115,6 +115,19 @@ def test_what_cannot_be_used_is_skipped_listed_and_counted(pictures, tmp_path, c
     assert "failed: none of its 3 images can be used" in said.err
 
 
+def test_two_pictures_in_one_file_and_an_output_below_the_input(pictures, tmp_path):
+    stream = io.BytesIO()
+    picture(8).save(stream, "MPO", save_all=True, append_images=[picture(9)])
+    (pictures / "b" / "camera.jpg").write_bytes(stream.getvalue())
+    (pictures / "b" / "camera.txt").write_text("camera")
+    for _ in range(2):  # the second run finds the first one's shards below its input
+        make(pictures, pictures / "out", "--samples", 100)
+        (samples,) = read_all(pictures / "out").values()
+        assert len(samples) == PICTURES + 1 and read_bad(pictures / "out") == {}
+    *_, last = samples.values()
+    assert last["jpg"] == stream.getvalue()
+
+
 def test_large_pictures_are_scaled_down(pictures, tmp_path):
     (pictures / "large.png").write_bytes(encode_as(picture(9, 300, 150), "PNG"))
     (pictures / "large.txt").write_text("large")
@@ -129,24 +142,27 @@ def test_large_pictures_are_scaled_down(pictures, tmp_path):
 def test_tables_give_the_same_samples_as_their_pictures(pictures, tmp_path):
     paths = sorted(path for path in pictures.rglob("*") if path.suffix in (".jpg", ".PNG", ".webp"))
     rows = [(path, f"caption, {n}", uid(n)) for n, path in enumerate(paths)]
-    with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8-sig") as file:
+    with open(tmp_path / "t.CSV", "w", newline="", encoding="utf-8-sig") as file:
         table = csv.writer(file)
         table.writerow(["file", "text", "id"])
         table.writerows((path.relative_to(pictures), text, key) for path, text, key in rows)
         table.writerow(["a/gone.jpg", "gone", "x"])
         table.writerow(["a/0.jpg", "dotted", "x.y"])
+        table.writerow(["a/0.jpg", "long" * 2**20, "z"])
     database = duckdb.connect()
     database.execute("CREATE TABLE bytes (file BLOB, text VARCHAR, id VARCHAR)")
     for path, text, key in rows:
         database.execute("INSERT INTO bytes VALUES ($1, $2, $3)", [path.read_bytes(), text, key])
     database.execute("INSERT INTO bytes VALUES (NULL, 'gone', 'x'), ('broken', 'x', 'y')")
+    long = [rows[0][0].read_bytes(), "long" * 2**20]
+    database.execute("INSERT INTO bytes VALUES ($1, $2, 'z')", long)
     database.execute(f"COPY bytes TO '{tmp_path / 'bytes.parquet'}'")
     columns = "struct_pack(bytes := file, path := 'x') AS file, text, id FROM bytes"
     database.execute(f"COPY (SELECT {columns}) TO '{tmp_path / 'datasets.parquet'}'")
     options = ["--image-column", "file", "--caption-column", "text", "--uid-column", "id"]
     made = []
-    for name in ("t.csv", "bytes.parquet", "datasets.parquet"):
-        more = ["--images", pictures] if name == "t.csv" else []
+    for name in ("t.CSV", "bytes.parquet", "datasets.parquet"):
+        more = ["--images", pictures] if name == "t.CSV" else []
         output = tmp_path / f"out-{name}"
         make(tmp_path / name, output, "--samples", 5, *options, *more)
         shards = read_all(output)
@@ -155,12 +171,13 @@ def test_tables_give_the_same_samples_as_their_pictures(pictures, tmp_path):
             [key for *_, key in rows[5:]],
         ]
         made.append([m for samples in shards.values() for m in samples.values()])
-        assert set(read_bad(output)) == {f"{name}, row 7", f"{name}, row 8"}
+        assert set(read_bad(output)) == {f"{name}, row {row}" for row in (7, 8, 9)}
+        assert read_bad(output)[f"{name}, row 9"] == "caption of over 1048576 bytes"
     for n, (path, text, _) in enumerate(rows):
         for samples in made:
             assert path.read_bytes() in samples[n].values() and caption(samples[n]) == text
     with pytest.raises(SystemExit, match="has no column image; its columns are file, text, id"):
-        make(tmp_path / "t.csv", tmp_path / "other")
+        make(tmp_path / "t.CSV", tmp_path / "other")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(SystemExit, match=r"broken\.parquet cannot be read"):
         make(tmp_path / "broken.parquet", tmp_path / "other")

@@ -8,8 +8,11 @@ import json
 import math
 import re
 
+import open_clip
 import pytest
+import torch
 from conftest import environment, run
+from safetensors.torch import save_file
 from shards import AUGMENTATION, write_reinforced_shards
 
 SMALL = ("--force-image-size", 64)
@@ -92,3 +95,27 @@ def test_two_processes_with_accumulation_and_checkpointing(pinned_tree, data, tm
     _, losses = train(pinned_tree, tmp_path, data, "MobileCLIP-S1", **settings)
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert losses[1] <= losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+def test_a_tag_trains_as_its_file_does_without_network(release_tree, data, tmp_path):
+    """The Hub's local cache has the weights of the tag."""
+    torch.manual_seed(0)
+    state = open_clip.create_model("MobileCLIP2-S0").state_dict()
+    cached = tmp_path / "hf" / "hub" / "models--timm--MobileCLIP2-S0-OpenCLIP"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    save_file(state, snapshot / "open_clip_model.safetensors")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    file = tmp_path / "mobileclip2_s0.safetensors"
+    file.symlink_to(snapshot / "open_clip_model.safetensors")
+    hub = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "GRAD_CHECKPOINTING": "0"}
+    runs = []
+    for name, pretrained in (("tag", "dfndr2b"), ("file", str(file))):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {**hub, "PRETRAINED": pretrained}
+        runs.append(train(release_tree, folder, data, "MobileCLIP2-S0", **settings)[1])
+    assert runs[0] == runs[1] and len(runs[0]) == 2

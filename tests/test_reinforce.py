@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, environment, run
-from lib.captions import KEY, read_synthetic_captions
+from lib.captions import KEY, read_captions
 from lib.config import read_config
+from lib.shards import ShardError
 from lib.teachers import Teacher
 from shards import AUGMENTATION, encode, picture, read_samples, uid, write_shard
 
@@ -165,12 +166,18 @@ def test_samples_that_lack_something_are_left_out_and_counted(world, tmp_path):
             "00007",
             {**whole, "json": json.dumps({"uid": uid(3), "sha256": "as downloaded"}).encode()},
         ),
+        (uid(4), {**whole, "json": b'{"texts": ["picture", "another"]}'}),
     ]
     write_shard(world / "plain" / "odd.tar", samples)
     done = reinforce(world, tmp_path, shards="odd.tar")
     assert done.returncode == 0
     made = read_samples(tmp_path / "odd.tar")
-    assert list(made) == [uid(0), uid(3)]
+    assert list(made) == [uid(0), uid(3), uid(4)]
+    several = {**dict(samples)[uid(4)], "syn.json": made[uid(4)]["syn.json"]}
+    several["npz"] = made[uid(4)]["npz"]
+    captions = ["picture", "another", *synthetic_captions(several)]
+    _, expected = embed(world, torch.zeros(1, 3, 32, 32), captions)
+    torch.testing.assert_close(embeddings(several)["text_emb"], expected, rtol=0, atol=1e-5)
     assert json.loads(made[uid(3)]["json"])["sha256"] == "as downloaded"
     for reason in ("1 lacks an image", "1 undecodable image", "1 no synthetic captions"):
         assert reason in done.stdout
@@ -255,12 +262,12 @@ def test_captions_files_are_read_however_they_were_written(tmp_path):
         for path in (tmp_path / "captions.jsonl", tmp_path / "captions.jsonl.gz"):
             data = content.encode()
             path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-            captions, blank = read_synthetic_captions(path)
+            captions, blank = read_captions(path)
             assert captions == expected and blank == content.count('"  ", ""') * 2
     (tmp_path / "number.jsonl").write_text(
         '{"uid": 17, "syn_text": []}\n{"uid": "18", "syn_text": [" "]}'
     )
-    assert read_synthetic_captions(tmp_path / "number.jsonl") == (
+    assert read_captions(tmp_path / "number.jsonl") == (
         {"17": {KEY: []}, "18": {KEY: []}},
         1,
     )
@@ -294,10 +301,10 @@ WRONG_LINES = {
 def test_a_wrong_line_is_named_with_its_file_number_and_field(line, tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_bytes(b"\n".join([good_lines()[0].encode(), b"", line, b""]))
-    with pytest.raises(SystemExit) as error:
-        read_synthetic_captions(path)
+    with pytest.raises(ShardError) as error:
+        read_captions(path)
     found = str(error.value)
-    assert found.startswith(f"error: {path}, line 3: ") and WRONG_LINES[line] in found
+    assert found.startswith(f"{path}, line 3: ") and WRONG_LINES[line] in found
     assert "\n" not in found
 
 
@@ -308,8 +315,8 @@ def test_a_file_that_is_damaged_or_has_no_captions_is_one_line(tmp_path):
         (gzip.compress("\n".join(good_lines() * 33).encode())[:-20], "damaged gzip"),
     ):
         (tmp_path / "captions.jsonl").write_bytes(content)
-        with pytest.raises(SystemExit, match=said):
-            read_synthetic_captions(tmp_path / "captions.jsonl")
+        with pytest.raises(ShardError, match=said):
+            read_captions(tmp_path / "captions.jsonl")
 
 
 def test_samples_without_a_usable_caption_are_skipped_and_counted_not_stored(world, tmp_path):

@@ -32,6 +32,8 @@ def world(tmp_path):
         rows = {"image_emb": images[[n, n]], "text_emb": torch.stack([texts[0][n], texts[1][n]])}
         samples.append((uid(n), {**members, "npz": stored_embeddings(**rows)}))
     samples.insert(5, (uid(1000), {"txt": b"not reinforced"}))
+    rows = {"image_emb": torch.full((2, 24), torch.nan), "text_emb": texts[0][:2]}
+    samples.insert(6, (uid(1001), {**members, "npz": stored_embeddings(**rows)}))
     write_shard(tmp_path / "joined" / "00000000.tar", samples)
     config = {"model_name": "a,b", "pretrained": "x,y", "num_samples": 2}
     config["reinforce"] = {"image_augmentation": AUGMENTATION}
@@ -48,7 +50,7 @@ def test_scales_and_recall_are_those_of_a_gradient_descent_on_the_same_batches(w
     folder, pairs = world
     run(folder, "--teacher-dimension", 16, 8, "--batch-size", BATCH)
     said = capsys.readouterr().out
-    assert "96 samples in batches of 32; 1 bad ones skipped" in said
+    assert "96 samples in batches of 32; 2 bad ones skipped" in said
     lines = [line.split() for line in said.splitlines() if line.startswith(("orig", "synth"))]
     suggested = {}
     for kind, noise in (("original", 0.6), ("synthetic", 0.2)):
@@ -89,6 +91,10 @@ def test_embeddings_of_other_teachers_and_empty_folders_are_one_line(world, caps
     folder, _ = world
     with pytest.raises(teacher_scale.ShardError, match="numbers, expected 20"):
         run(folder, "--teacher-dimension", 10, 10)
-    (folder / "joined" / "00000000.tar").unlink()
+    shard = folder / "joined" / "00000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-20000])
+    with pytest.raises(teacher_scale.ShardError, match=r"00000000\.tar is not a whole tar"):
+        run(folder, "--teacher-dimension", 16, 8)
+    shard.unlink()
     with pytest.raises(SystemExit, match="no shards"):
         run(folder, "--teacher-dimension", 16, 8)

@@ -1,6 +1,6 @@
 """Measure the loader: CPU time, memory, bytes read, and bytes handed over to the trainer.
 
-    python scripts/benchmarks/loader.py [--data PATTERN] [--profile]
+    python scripts/benchmarks/loader.py [--data PATTERN …] [--profile]
 
 The script measures the CPU time of one worker of a DataLoader with a full shuffle buffer, for
 variants that run alternately, and prints a table:
@@ -60,10 +60,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's
 from lib.tar_writer import write_index
 
 from dr.batch import Batch
-from dr.chain import SkipLimit, Tally, batches, shuffled
+from dr.chain import SkipLimit, Tally, batches, in_order, shuffled
+from dr.files import is_url
 from dr.pipeline import make_processor
 from dr.sample import USED_MEMBERS, ReinforcedProcessor, caption, decode_image, synthetic_captions
-from dr.sources import Item, ShardReader, StreamState, count_samples, passes, stream
+from dr.sampling import WINDOW
+from dr.sources import (
+    Item,
+    ShardReader,
+    StreamState,
+    count_samples,
+    passes,
+    passes_by_window,
+    stream,
+)
 from dr.transforms import Compose, compose_from_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "datacompdr12m.json"
@@ -102,23 +112,30 @@ def stream_samples(shards: list[str]) -> Iterator[Item]:
     return stream(({"url": url} for url in cycle(shards)), USED_MEMBERS.__contains__)
 
 
-def pass_samples(shards: list[str]) -> Iterator[Item]:
-    """Without replacement: passes over all samples, in one stream."""
-    sizes = [size for size, _ in count_samples(shards)]
-    state = StreamState(0, sizes, previous=[], streams=1, stream=0, cursor=(0, 0))
-    return passes(ShardReader(shards, USED_MEMBERS.__contains__), state)
-
-
 def make_batches(
-    samples: Iterator[Item], shuffle: int | None, batch: int, processor: Any = None
+    samples: Iterator[Item],
+    shuffle: int | None,
+    batch: int,
+    processor: Any = None,
+    window: int = 0,
 ) -> Iterator[Batch]:
-    """The batches of dr/; ``shuffle`` is the size of the buffer, None: without one."""
+    """The batches of dr/.
+
+    Args:
+        samples: items, with the members of a sample.
+        shuffle: size of the shuffle buffer; None: without one.
+        batch: size of a batch.
+        processor: of the samples; None: a new one.
+        window: samples within which items are in another order than that of their turns.
+    """
     processor = processor or make_reinforced_processor(batch)
-    stage = None
+    tally = Tally(processor.members, SkipLimit(10**12, 1.0))
+    stage = order = None
     if shuffle is not None:
         stage = partial(shuffled, size=shuffle, initial=shuffle, rng=random.Random(0))
-    tally = Tally(processor.members, SkipLimit(10**12, 1.0))
-    for made, _ in batches(samples, processor, tokenizer(), batch, tally, stage):
+    if window:
+        order = partial(in_order, size=window, tally=tally)
+    for made, _ in batches(samples, processor, tokenizer(), batch, tally, stage, order):
         yield made
 
 
@@ -127,7 +144,14 @@ def with_replacement(shards: list[str], shuffle: int, batch: int) -> Iterator[Ba
 
 
 def without_replacement(shards: list[str], shuffle: int, batch: int) -> Iterator[Batch]:
-    return make_batches(pass_samples(shards), None, batch)
+    """Passes over all samples, in one stream."""
+    sizes = [size for size, _ in count_samples(shards)]
+    state = StreamState(0, sizes, previous=[], streams=1, stream=0, cursor=(0, 0))
+    reader = ShardReader(shards, USED_MEMBERS.__contains__)
+    if any(map(is_url, shards)):
+        window = min(WINDOW, sum(sizes) + 1)
+        return make_batches(passes_by_window(reader, state), None, batch, window=window)
+    return make_batches(passes(reader, state), None, batch)
 
 
 class TimedProcessor:
@@ -376,7 +400,7 @@ def measure(kind: str, shards: list[str], args: Namespace) -> dict[str, float]:
         for turns in variants.values():
             if args.cold:
                 drop_from_page_cache(shards)
-            turns.take(args.batches, args.cold)
+            turns.take(args.batches, args.wall)
     seconds = {name: statistics.median(turns.seconds) for name, turns in variants.items()}
     for name, turns in variants.items():
         took = seconds[name]
@@ -456,7 +480,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--data",
         metavar="PATTERN",
-        help="joined shards, with braces as in WebDataset; default: made",
+        nargs="+",
+        help="joined shards, with braces as in WebDataset, also in an object store (s3://…), with "
+        "the variant 'this loader, passes'; each pattern is a set of its own; default: generated",
     )
     parser.add_argument(
         "--samples",
@@ -487,20 +513,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", **choices, help=text)
     text = "drop the shards from the page cache before each turn, and measure wall time"
     parser.add_argument("--cold", action="store_true", help=text)
+    parser.add_argument("--wall", action="store_true", help="measure wall time")
     args = parser.parse_args(arguments)
+    args.wall |= args.cold
     if args.profile and not {"this loader", "floor"} <= set(args.variants):
         parser.error("--profile needs the variants 'this loader' and floor")
 
     print_header(args, torch, np, wds)
     print(
-        f"| embeddings | variant | samples/s{'' if args.cold else ' of CPU time'} | ratio "
+        f"| embeddings | variant | samples/s{'' if args.wall else ' of CPU time'} | ratio "
         "| ms a sample | MB of the worker | MB of a shuffle buffer | KB read | reads "
         "| KB to the trainer |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         if args.data:
-            sets = {args.data: list(braceexpand(args.data))}
+            sets = {pattern: list(braceexpand(pattern)) for pattern in args.data}
         else:
             sets = write_shards(Path(folder), args.samples, args.seed)
         for kind, shards in sets.items():

@@ -43,7 +43,7 @@ class Captioner:
 
     Args:
         name: OpenCLIP model name, a model config file, or ``hf-hub:ORGANISATION/REPOSITORY``.
-        pretrained: OpenCLIP tag, or a checkpoint file; of no use for a name on the Hub.
+        pretrained: OpenCLIP tag, or a checkpoint file; empty for a name on the Hub.
         device: where it runs.
         precision: ``fp32``, or ``bf16`` for autocast.
 

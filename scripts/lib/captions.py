@@ -19,6 +19,7 @@ from .shards import ShardError, describe_type, parse_uid
 KEY = "syn_text"  # of the lists of captions; other captioners' keys start with it
 SETTINGS = "caption.json"  # in the folder of a data set's captions: the captioners' settings by key
 GZIP = b"\x1f\x8b"  # how such a file begins
+DAMAGED = EOFError, gzip.BadGzipFile, zlib.error  # what reading one raises
 _SURROGATE = re.compile("[\ud800-\udfff]").search  # half a character, which no tokenizer takes
 
 
@@ -40,7 +41,7 @@ class SyntheticCaptions:
         settings: the file that records how the captions were made, or the file of captions itself.
 
     Raises:
-        SystemExit: the file is not one of captions.
+        ShardError: the file is not one of captions.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +49,7 @@ class SyntheticCaptions:
         self.in_shards = path.is_dir()
         self.settings = path / SETTINGS if self.in_shards else path
         if not self.in_shards:
-            self._all, self.blank = read_synthetic_captions(path)
+            self._all, self.blank = read_captions(path)
         elif self.settings.exists():
             self.keys = list(json.loads(self.settings.read_text()))
 
@@ -97,21 +98,15 @@ def has_captions(path: Path, key: str) -> bool:
     """Whether the first line of a file has captions under a key.
 
     Raises:
-        ShardError: the line is wrong.
+        ShardError: the line is wrong, or the file is damaged.
     """
     try:
         parsed = next(filter(None, map(_parse_line, _read_lines(path))), None)
     except LineError as error:
         raise ShardError(f"{path}: the first line: {error}") from None
+    except DAMAGED as error:
+        raise ShardError(f"{path}: damaged gzip: {error}") from None
     return parsed is not None and key in parsed[1]
-
-
-def read_synthetic_captions(path: Path) -> tuple[Captions, int]:
-    """As :func:`read_captions`, but with SystemExit."""
-    try:
-        return read_captions(path)
-    except ShardError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def read_captions(path: Path) -> tuple[Captions, int]:
@@ -145,7 +140,7 @@ def read_captions(path: Path) -> tuple[Captions, int]:
             except LineError as error:
                 raise ShardError(f"{path}, line {number}: {error}") from None
             blank += sum(len(found[key]) - len(usable[key]) for key in found)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise ShardError(f"{path}: damaged gzip: {error}") from None
     if not captions:
         raise ShardError(f"{path} has no captions: expected lines with uid and syn_text")

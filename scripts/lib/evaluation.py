@@ -143,21 +143,24 @@ def find_results(checkpoint: str | Path) -> Path:
     return find_run(checkpoint) / "evaluation" / RESULTS
 
 
-def read_results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Results by ``(sha256, data set)``; a line that was cut off, or is another tool's, is skipped.
+def read_results(path: Path, sha256: str, model_config: str) -> dict[str, dict[str, Any]]:
+    """A model's results by data set; a line that was cut off, or is another tool's, is skipped.
 
     Args:
         path: results.jsonl; it need not exist.
+        sha256: of the checkpoint.
+        model_config: hash of the model's config.
     """
     results = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             result = json.loads(line)
-            key = result["sha256"], result["dataset"].removeprefix("wds/")
+            key = result["dataset"].removeprefix("wds/")
             float(result["metrics"]["main_metric"])
+            if (result["sha256"], result["model_config"]) == (sha256, model_config):
+                results[key] = result
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        results[key] = result
     return results
 
 
@@ -173,13 +176,6 @@ def append_result(path: Path, result: dict[str, Any]) -> None:
         file.write(json.dumps(result).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def select_results(
-    results: dict[tuple[str, str], dict[str, Any]], sha256: str
-) -> dict[str, dict[str, Any]]:
-    """The results of one checkpoint by data set."""
-    return {key: result for (digest, key), result in results.items() if digest == sha256}
 
 
 def average(results: dict[str, dict[str, Any]], keys: Iterable[str]) -> tuple[float, float] | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .evaluation import find_results, format_results, read_results, select_results
+from .evaluation import find_results, format_results, read_results
 from .models import find_run, read_params
 
 # scripts/export.py prints it, and the card contains it.
@@ -69,7 +69,8 @@ def make_card(
     """
     settings = record["settings"]
     params = read_params(find_run(checkpoint) / "params.txt")
-    results = select_results(read_results(find_results(checkpoint)), settings["sha256"])
+    found = find_results(checkpoint)
+    results = read_results(found, settings["sha256"], record.get("model_config", ""))
     data = ModelCardData(
         license=license_name,
         library_name="open_clip",

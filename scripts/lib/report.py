@@ -1,5 +1,6 @@
 """What commands print: tables, text that is safe for a terminal, and errors in one line."""
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +30,15 @@ def format_table(rows: Iterable[tuple[str, int]], total: int | None = None) -> s
         shares = (f"  {number / max(total, 1):>6.1%}" for _, number in rows)
         lines = [line + share for line, share in zip(lines, shares, strict=True)]
     return "\n".join(lines)
+
+
+def check_least(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, least: int, *options: str
+) -> None:
+    """Exit with a line if an option, by its name in ``args``, has a value under ``least``."""
+    for option in options:
+        if (value := getattr(args, option)) is not None and value < least:
+            parser.error(f"--{option.replace('_', '-')} {value}: expected at least {least}")
 
 
 def run_command(
