@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 ``[B, H, W, 3]``, or float32 ``[B, 3, H, W]``.
-        texts: int64 ``[B, C, L]``.
+        texts: int64 ``[B, C, L]``; ``[B, L]`` from OpenCLIP's own stages.
         uids: keys of the samples.
         image_emb: teachers' image embeddings, float32 ``[B, ΣD_k]``; None: not reinforced.
         text_emb: teachers' text embeddings, float32 ``[B, C, ΣD_k]``.
@@ -52,7 +52,9 @@ def unpack_batch(
     if not isinstance(batch, Batch):
         images, texts = batch
         return images, texts, {}
-    images, texts = batch.images, batch.texts.transpose(0, 1).flatten(0, 1)
+    images, texts = batch.images, batch.texts
+    if texts.dim() == 3:
+        texts = texts.transpose(0, 1).flatten(0, 1)
     if batch.image_emb is None or batch.text_emb is None or batch.statistics is None:
         return images, texts, {}
     images = to_normalized(images.to(device=device, non_blocking=True), batch.statistics)

@@ -218,7 +218,7 @@ class BaselineStages:
     def finish_batch(self, samples: Iterable[tuple]) -> Iterator[tuple[Batch, Counts]]:
         """A stage over batches: yield them with their counts."""
         for images, texts, uids in samples:
-            yield Batch(images, texts[:, None], list(uids)), self.tally.take_counts()
+            yield Batch(images, texts, list(uids)), self.tally.take_counts()
 
     def _skip(self, sample: dict, error: BadSample, streak: Streak) -> None:
         key, url = sample["__key__"], sample["__url__"]

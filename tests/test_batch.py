@@ -50,6 +50,8 @@ def test_a_plain_batch_and_its_output_stay_what_they_are():
     images, texts = reinforced_batch()[:2]
     found = unpack_batch(Batch(images, texts[:, :1], []), torch.device("cpu"))
     assert found[0] is images and torch.equal(found[1], texts[:, 0]) and found[2] == {}
+    own = texts[:, 0]  # of OpenCLIP's stages
+    assert unpack_batch(Batch(images, own, []), torch.device("cpu"))[1] is own
     assert unpack_batch((images, texts), torch.device("cpu")) == (images, texts, {})
     out = {"text_features": texts, "logits": images}
     assert add_teacher(out, {}) == out

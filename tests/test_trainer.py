@@ -292,6 +292,7 @@ def test_openclips_own_tests_pass_on_the_patched_commit(tree):
     ]
     done = run(
         [sys.executable, "-m", "pytest", "-q", *own],
+        timeout=900,  # OpenCLIP 3.3 trains RN50 in bfloat16 here
         env=environment(tree, tree / "tests"),
         cwd=tree,
     )
