@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import open_clip.factory
+from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import load_file
 
 MIN_VERSION = "3.2"  # of open_clip_torch, whose wheel has the configs of the MobileCLIP2 models
@@ -126,12 +127,17 @@ def find_preprocessing(weights: str) -> Preprocessing | None:
 
 
 def follow_weights(args: Namespace) -> str | None:
-    """Set the preprocessing options that the weights of ``--pretrained FILE`` need.
+    """Set the preprocessing options that the weights of ``--pretrained`` need.
 
     Returns:
         An error message if the options ask for another preprocessing; None: there is no error.
     """
-    if args.ignore_pretrained_statistics or not os.path.isfile(args.pretrained or ""):
+    if args.ignore_pretrained_statistics or not args.pretrained:
+        return None
+    if not os.path.isfile(args.pretrained):
+        # OpenCLIP follows its tags, except that its training transform is always bicubic.
+        tag = get_pretrained_cfg(args.model, args.pretrained) or {}
+        args.image_interpolation = args.image_interpolation or tag.get("interpolation")
         return None
     preprocessing = find_preprocessing(args.pretrained)
     if preprocessing is None:
