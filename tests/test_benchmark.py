@@ -63,4 +63,4 @@ def test_share_of_flops_of_the_loss_grows_with_the_global_batch():
 
 def test_step_reinforced_and_plain_side_by_side():
     rows = table("step", "--model", TINY, "--batch", "4", "--precision", "fp32")
-    assert [row[0] for row in rows[2:]] == ["plain, 2 captions", "reinforced"]
+    assert [row[0] for row in rows[2:]] == ["baseline, 2 captions", "reinforced"]
