@@ -412,6 +412,7 @@ def many(folders):
         database.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet)", values)
 
 
+@pytest.mark.slow
 def test_killed_at_any_stage_and_run_again_gives_the_same_bytes(folders, tmp_path):
     many(folders)
     folders.run()
@@ -442,6 +443,7 @@ def test_joined_part_is_kept_for_the_next_run(folders):
     assert report["shards"]["written"] < 40 and "join" not in report["seconds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sign", [".captions/039.tar.uids.parquet", ".captions/work/.part-*.partial", "001.tar"]
 )

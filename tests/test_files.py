@@ -27,6 +27,8 @@ from dr.pipeline import make_pass_loader
 from dr.run import Run
 from dr.sources import ShardReader, StreamState, passes_by_window
 
+pytestmark = pytest.mark.slow
+
 FEW = {"RETRY_SECONDS": (0.01,) * 5, "ATTEMPT_SECONDS": 5}
 
 

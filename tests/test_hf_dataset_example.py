@@ -25,6 +25,8 @@ import hf_dataset_example as example
 from dr.sample import BadSample
 from dr.transforms import compose_from_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = json.loads((ROOT / "configs" / "datacompdr12m.json").read_text())
 COMPOSE = compose_from_config(CONFIG["reinforce"]["image_augmentation"])

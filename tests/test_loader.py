@@ -102,6 +102,7 @@ print(*digests(loader(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, train_num
 """
 
 
+@pytest.mark.slow
 def test_the_same_seed_ranks_and_workers_give_the_same_first_hundred_batches(data, tmp_path):
     script = [sys.executable, "-c", FIRST_HUNDRED.format(root=str(ROOT)), data, tmp_path]
     done = run(

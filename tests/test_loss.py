@@ -159,7 +159,7 @@ def test_settings_that_can_never_run_are_refused_at_once():
 
 
 # --- several processes ---
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_loss_and_its_gradients_are_the_same_on_several_processes(processes, tmp_path):
     """Runs torchrun over gloo; tests/distributed_loss.py holds the checks of each rank."""
     torchrun = [

@@ -120,6 +120,8 @@ ACCEPTED = [
 ]
 PARSE = """
 import contextlib, importlib, io, json, os, sys
+
+pytestmark = pytest.mark.slow
 parse_args = importlib.import_module(os.environ["TRAINER"] + ".params").parse_args
 for line in json.loads(sys.stdin.read()):
     said = io.StringIO()

@@ -14,6 +14,8 @@ from PIL import Image
 from quickstart import data as quickstart_data
 from shards import read_shard
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(quickstart_data.__file__)
 LIMIT, HELD_OUT, SHARDS, SIZE = 60, 20, 2, 32
 NAMES = [f"{number:08d}.tar" for number in range(SHARDS)]

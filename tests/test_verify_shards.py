@@ -89,6 +89,7 @@ def command(config, *arguments):
 
 
 # --- what can be seen without teachers ------------------------------------------------------------
+@pytest.mark.slow
 def test_good_shards_are_usable_and_the_last_line_says_so(config, tmp_path):
     write_shard(
         tmp_path / "joined" / "00" / "00000000.tar", [(uid(seed), good(seed)) for seed in range(5)]
@@ -785,6 +786,7 @@ def test_nothing_found_is_one_line_and_an_exit_status(config, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_interruption_is_one_line(config, tmp_path):
     members = {**good(0), "jpg": encode(picture(0, 1200, 1600))}
     shard = write_shard(tmp_path / "0.tar", [(uid(seed), members) for seed in range(400)])
