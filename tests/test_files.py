@@ -76,7 +76,6 @@ def from_store(tmp_path, kind="npz", **changes):
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_batches_are_those_from_a_disk_whatever_fails_and_resume_in_either(
     data, server, tmp_path, caplog, kind
@@ -162,7 +161,6 @@ def test_a_bad_sample_is_counted_as_from_a_disk(server, tmp_path):
     assert (disk.read, disk.skipped) == (store.read, store.skipped)
 
 
-@pytest.mark.slow
 def test_an_outage_is_reported_before_the_samples_that_are_there_are_used_up(server, tmp_path):
     """So that the trainer can save a checkpoint; then the run stops with a line."""
     given = {"batch_size": 1, "train_num_samples": 500}
@@ -183,7 +181,6 @@ def test_an_outage_is_reported_before_the_samples_that_are_there_are_used_up(ser
     assert found[:reported] + rest == expected
 
 
-@pytest.mark.slow
 def test_the_trainer_saves_a_checkpoint_in_an_outage_and_stops_with_a_line(server, tmp_path):
     others = {"epochs": 1, "grad_checkpointing": False, "keep_last_k": 2, "name": "run"}
     others |= {"checkpoint_path": str(tmp_path), "save_logs": True, "torchcompile": True}

@@ -7,6 +7,8 @@ import pytest
 from conftest import ROOT, environment, run
 from shards import AUGMENTATION
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ROOT / "configs" / "datacompdr12m.json"
 GOOD = f"--dataset-reinforcement --dataset-reinforcement-config {CONFIG} --distill-logit-scale 100"
 NO_CROP = {
@@ -120,8 +122,6 @@ ACCEPTED = [
 ]
 PARSE = """
 import contextlib, importlib, io, json, os, sys
-
-pytestmark = pytest.mark.slow
 parse_args = importlib.import_module(os.environ["TRAINER"] + ".params").parse_args
 for line in json.loads(sys.stdin.read()):
     said = io.StringIO()
