@@ -58,7 +58,6 @@ except ImportError:
 
 SETTINGS, BAD_IMAGES = "make_shards.json", "bad_images.jsonl"
 MAX_TEXT = 1 << 20  # bytes of a caption
-TOO_LONG = "{} of over {} bytes"
 MAX_FIELD = 1 << 26  # characters of a field of a table
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: of cameras
 JPEG_QUALITY = 95
@@ -175,6 +174,11 @@ def read_parquet_rows(path: Path, rows: range, args: argparse.Namespace) -> Iter
 
 
 # --- samples --------------------------------------------------------------------------------------
+def check_size(data: bytes, limit: int, kind: str) -> None:
+    if len(data) > limit:
+        raise BadSample(f"{kind} of over {limit} bytes")
+
+
 def read_bounded(path: Path, limit: int, kind: str) -> bytes:
     """The bytes of a file; raises BadSample if it cannot be read, or has too many."""
     try:
@@ -182,8 +186,7 @@ def read_bounded(path: Path, limit: int, kind: str) -> bytes:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise BadSample(f"unreadable {kind}", error) from error
-    if len(data) > limit:
-        raise BadSample(TOO_LONG.format(kind, limit))
+    check_size(data, limit, kind)
     return data
 
 
@@ -196,8 +199,7 @@ def read_caption(caption: Path | str | None) -> str:
             raise BadSample("a caption that is not UTF-8", error) from error
     if not isinstance(caption, str) or not caption.strip():
         raise BadSample("no caption", "it is missing or blank")
-    if len(caption.encode("utf-8", "surrogatepass")) > MAX_TEXT:
-        raise BadSample(TOO_LONG.format("caption", MAX_TEXT))
+    check_size(caption.encode("utf-8", "surrogatepass"), MAX_TEXT, "caption")
     return caption.strip()
 
 
@@ -213,8 +215,7 @@ def read_image(image: Path | bytes | None, max_side: int) -> tuple[str, bytes]:
         if image.suffix.lower().removeprefix(".") not in IMAGE_MEMBERS:
             raise BadSample("another format", f"expected {', '.join(IMAGE_MEMBERS)}")
         image = read_bounded(image, MAX_MEMBER, "image")
-    if len(image) > MAX_MEMBER:
-        raise BadSample(TOO_LONG.format("image", MAX_MEMBER))
+    check_size(image, MAX_MEMBER, "image")
     img = decode_image({"jpg": image})  # whatever its format is
     if max_side and max(img.size) > max_side:
         img.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)

@@ -47,6 +47,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -220,12 +221,8 @@ def embed_samples(
         extension: of the embeddings' members, as for :func:`encode_members`.
     """
     for number, batch in enumerate(make_batches(samples, batch_size)):
-        captions = [
-            text
-            for sample in batch
-            for texts in (sample["captions"], *sample["synthetic"].values())
-            for text in texts
-        ]
+        texts = [[*s["captions"], *chain.from_iterable(s["synthetic"].values())] for s in batch]
+        captions = list(chain.from_iterable(texts))
         parts = []
         for teacher, view in zip(teachers, views, strict=True):
             images = torch.cat([sample["images"][view] for sample in batch])
@@ -235,12 +232,7 @@ def embed_samples(
             parts.append(embedded)
         image_emb, text_emb = (torch.cat(rows, dim=1) for rows in zip(*parts, strict=True))
         image_parts = image_emb.split([len(sample["params"]) for sample in batch])
-        text_parts = text_emb.split(
-            [
-                len(sample["captions"]) + sum(map(len, sample["synthetic"].values()))
-                for sample in batch
-            ]
-        )
+        text_parts = text_emb.split(list(map(len, texts)))
         for sample, image_rows, text_rows in zip(batch, image_parts, text_parts, strict=True):
             yield sample["uid"], encode_members(sample, image_rows, text_rows, extension)
 

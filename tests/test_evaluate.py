@@ -276,7 +276,6 @@ def test_checkpoints_of_a_run_give_a_table_and_a_figure_and_nothing_is_evaluated
         evaluate.main(arguments)
 
 
-@pytest.mark.slow
 def test_a_data_set_comes_from_the_hub_and_one_that_it_lacks_is_one_line(
     checkpoints, data, tmp_path
 ):

@@ -19,7 +19,6 @@ from .shards import ShardError, describe_type, parse_uid
 KEY = "syn_text"  # of the lists of captions; other captioners' keys start with it
 SETTINGS = "caption.json"  # in the folder of a data set's captions: the captioners' settings by key
 GZIP = b"\x1f\x8b"  # how such a file begins
-DAMAGED = EOFError, gzip.BadGzipFile, zlib.error  # what reading one raises
 _SURROGATE = re.compile("[\ud800-\udfff]").search  # half a character, which no tokenizer takes
 
 
@@ -104,8 +103,6 @@ def has_captions(path: Path, key: str) -> bool:
         parsed = next(filter(None, map(_parse_line, _read_lines(path))), None)
     except LineError as error:
         raise ShardError(f"{path}: the first line: {error}") from None
-    except DAMAGED as error:
-        raise ShardError(f"{path}: damaged gzip: {error}") from None
     return parsed is not None and key in parsed[1]
 
 
@@ -124,36 +121,37 @@ def read_captions(path: Path) -> tuple[Captions, int]:
     """
     captions: Captions = {}
     blank = 0
-    try:
-        for number, line in enumerate(_read_lines(path), 1):
-            try:
-                parsed = _parse_line(line)
-                if parsed is None:
-                    continue
-                uid, found = parsed
-                usable = {
-                    key: [caption for caption in texts if caption.strip()]
-                    for key, texts in found.items()
-                }
-                if captions.setdefault(uid, usable) != usable:
-                    raise LineError(f"field uid: {uid!r} has other captions in a line before")
-            except LineError as error:
-                raise ShardError(f"{path}, line {number}: {error}") from None
-            blank += sum(len(found[key]) - len(usable[key]) for key in found)
-    except DAMAGED as error:
-        raise ShardError(f"{path}: damaged gzip: {error}") from None
+    for number, line in enumerate(_read_lines(path), 1):
+        try:
+            parsed = _parse_line(line)
+            if parsed is None:
+                continue
+            uid, found = parsed
+            usable = {
+                key: [caption for caption in texts if caption.strip()]
+                for key, texts in found.items()
+            }
+            if captions.setdefault(uid, usable) != usable:
+                raise LineError(f"field uid: {uid!r} has other captions in a line before")
+        except LineError as error:
+            raise ShardError(f"{path}, line {number}: {error}") from None
+        blank += sum(len(found[key]) - len(usable[key]) for key in found)
     if not captions:
         raise ShardError(f"{path} has no captions: expected lines with uid and syn_text")
     return captions, blank
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, inflated if it is compressed; raises ShardError if that is damaged."""
     with open(path, "rb") as file:
-        if file.peek(2)[:2] == GZIP:
+        if file.peek(2)[:2] != GZIP:
+            yield from file
+            return
+        try:
             with gzip.open(file) as inflated:
                 yield from inflated
-        else:
-            yield from file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ShardError(f"{path}: damaged gzip: {error}") from None
 
 
 def _parse_line(line: bytes) -> tuple[str, dict[str, list[str]]] | None:
