@@ -213,8 +213,9 @@ step "join reinforcements" bash scripts/join_datacompdr12m.sh --verify-hash
 
 # --- 6. students ----------------------------------------------------------------------------------
 export ITERATIONS=$STUDENT_ITERATIONS CHECKPOINTS=$STUDENT_CHECKPOINTS SEED=$STUDENT_SEED
-# Only the reinforced recipe reads these. The logit scale is near the one that these teachers learn
-# in their short training, 18; that of the published teachers is 100.
+# Only the reinforced recipe reads these. The logit scale lies between the one that these teachers
+# learn in their short training, 18, and their best one, about 37 (docs/your-data.md); that of the
+# published teachers is 100.
 export REINFORCEMENT_CONFIG=$WORK/reinforce.json DISTILL_TEACHER_DIMENSION="128 128"
 export DISTILL_LOGIT_SCALE=25
 for student in "${STUDENTS[@]}"; do

@@ -1,14 +1,22 @@
 """teacher_scale.py finds the scale at which the pairs of the data are most probable."""
 
 import json
+import re
+import sys
 
 import pytest
 import teacher_scale
 import torch
+from conftest import ROOT, environment
+from conftest import run as run_command
 from shards import AUGMENTATION, reinforced_sample, stored_embeddings, uid, write_shard
 from torch.nn.functional import cross_entropy, normalize
 
 SAMPLES, WIDTHS, BATCH = 96, [16, 8], 32
+AS_IN_TRAINING = {
+    "random_resized_crop": {"size": 64, "scale": [0.9, 1.0], "interpolation": "bicubic"},
+    "rand_augment": {"enable": False},
+}
 
 
 def make_pairs(noise, seed, width):
@@ -98,3 +106,65 @@ def test_embeddings_of_other_teachers_and_empty_folders_are_one_line(world, caps
     shard.unlink()
     with pytest.raises(SystemExit, match="no shards"):
         run(folder, "--teacher-dimension", 16, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+def test_openclip_trains_the_scale_of_a_quickstart_teacher_to_the_suggested_one(
+    pinned_tree, tmp_path
+):
+    """A short training leaves the scale below its optimum, so it goes on, for the scale alone."""
+    scripts, data, batch = ROOT / "scripts", tmp_path / "datasets", 64
+    clean, pattern = data / "DataComp-12M-clean", "{00000000..00000003}.tar"
+    pairs = clean / "shards" / pattern
+
+    def call(*command, **variables):
+        done = run_command(command, env=environment(pinned_tree, **variables), cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def train(name, *arguments, **variables):
+        """The checkpoint, and the scale at the end."""
+        settings = {
+            "NAME": name,
+            "DATA": str(pairs),
+            "LOGS": str(tmp_path / "logs"),
+            "MODEL": str(ROOT / "configs" / "quickstart_vit.json"),
+            "GLOBAL_BATCH": str(batch),
+            "NUM_NODES": "1",
+            "NUM_GPUS": "0",
+            "NUM_PROCESSES": "1",
+            "CHECKPOINTS": "1",
+            "WORKERS": "1",
+            "IMAGENET_VAL": "",
+            "REPORT_TO": "",
+        }
+        script = pinned_tree / "configs" / "run_datacomp12m.sh"
+        call("bash", script, *arguments, **settings, **variables)
+        said = (tmp_path / "logs" / name / "out.log").read_text()
+        path = tmp_path / "logs" / name / "checkpoints" / "epoch_1.pt"
+        return path, float(re.findall(r"Logit Scale: ([0-9.]+)", said)[-1])
+
+    options = ["--output", data, "--shards", 4, "--held-out", 20]
+    call(sys.executable, scripts / "quickstart" / "data.py", *options)
+    sources = ["--source", clean / pattern, "--source", data / "DataComp-12M-images"]
+    options = [*sources, "--require", "image,caption", "--output", pairs.parent]
+    call(sys.executable, scripts / "join_shards.py", *options)
+    teacher, early = train("teacher", ITERATIONS="200", LR="2e-3", WARMUP="20")
+    scale_alone = ["--pretrained", teacher, "--lock-image", "--lock-text"]
+    _, learned = train("scale", *scale_alone, ITERATIONS="100", LR="0.03", WARMUP="5")
+
+    config = {
+        "model_name": str(ROOT / "configs" / "quickstart_vit.json"),
+        "pretrained": str(teacher),
+        "num_samples": 1,
+        "reinforce": {"image_augmentation": {**AUGMENTATION, **AS_IN_TRAINING}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reinforced = ["--config", tmp_path / "config.json", "--output", tmp_path / "reinforced"]
+    reinforced += ["--synthetic-captions", data / "synthetic_captions.jsonl", "--input", pairs]
+    call(sys.executable, scripts / "reinforce.py", *reinforced)
+    options = ["--config", tmp_path / "config.json", "--batch-size", batch]
+    said = call(sys.executable, scripts / "teacher_scale.py", tmp_path / "reinforced", *options)
+    suggested = float(re.search(r'DISTILL_LOGIT_SCALE="(.*)"', said)[1])
+    assert suggested == pytest.approx(learned, rel=0.2) and learned > 1.3 * early
