@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, environment
 from conftest import run as run_command
 from shards import AUGMENTATION, reinforced_sample, stored_embeddings, uid, write_shard
+from test_trainer import settings, train
 from torch.nn.functional import cross_entropy, normalize
 
 SAMPLES, WIDTHS, BATCH = 96, [16, 8], 32
@@ -118,29 +119,19 @@ def test_openclip_trains_the_scale_of_a_quickstart_teacher_to_the_suggested_one(
     clean, pattern = data / "DataComp-12M-clean", "{00000000..00000003}.tar"
     pairs = clean / "shards" / pattern
 
-    def call(*command, **variables):
-        done = run_command(command, env=environment(pinned_tree, **variables), cwd=tmp_path)
+    model = ROOT / "configs" / "quickstart_vit.json"
+
+    def call(*command):
+        done = run_command(command, env=environment(pinned_tree), cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    def train(name, *arguments, **variables):
+    def train_teacher(name, *arguments, **changes):
         """The checkpoint, and the scale at the end."""
-        settings = {
-            "NAME": name,
-            "DATA": str(pairs),
-            "LOGS": str(tmp_path / "logs"),
-            "MODEL": str(ROOT / "configs" / "quickstart_vit.json"),
-            "GLOBAL_BATCH": str(batch),
-            "NUM_NODES": "1",
-            "NUM_GPUS": "0",
-            "NUM_PROCESSES": "1",
-            "CHECKPOINTS": "1",
-            "WORKERS": "1",
-            "IMAGENET_VAL": "",
-            "REPORT_TO": "",
-        }
-        script = pinned_tree / "configs" / "run_datacomp12m.sh"
-        call("bash", script, *arguments, **settings, **variables)
+        changes |= {"MODEL": model, "NAME": name, "GLOBAL_BATCH": batch, "CHECKPOINTS": 1}
+        environ = settings(pinned_tree, "", pairs, tmp_path / "logs", NUM_PROCESSES=1, **changes)
+        done = train(pinned_tree, environ, *arguments, script="run_datacomp12m.sh")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         said = (tmp_path / "logs" / name / "out.log").read_text()
         path = tmp_path / "logs" / name / "checkpoints" / "epoch_1.pt"
         return path, float(re.findall(r"Logit Scale: ([0-9.]+)", said)[-1])
@@ -150,12 +141,12 @@ def test_openclip_trains_the_scale_of_a_quickstart_teacher_to_the_suggested_one(
     sources = ["--source", clean / pattern, "--source", data / "DataComp-12M-images"]
     options = [*sources, "--require", "image,caption", "--output", pairs.parent]
     call(sys.executable, scripts / "join_shards.py", *options)
-    teacher, early = train("teacher", ITERATIONS="200", LR="2e-3", WARMUP="20")
+    teacher, early = train_teacher("teacher", ITERATIONS=200, LR="2e-3", WARMUP=20)
     scale_alone = ["--pretrained", teacher, "--lock-image", "--lock-text"]
-    _, learned = train("scale", *scale_alone, ITERATIONS="100", LR="0.03", WARMUP="5")
+    _, learned = train_teacher("scale", *scale_alone, ITERATIONS=100, LR=0.03, WARMUP=5)
 
     config = {
-        "model_name": str(ROOT / "configs" / "quickstart_vit.json"),
+        "model_name": str(model),
         "pretrained": str(teacher),
         "num_samples": 1,
         "reinforce": {"image_augmentation": {**AUGMENTATION, **AS_IN_TRAINING}},
